@@ -1,0 +1,209 @@
+"""Checkpoints of a training run, and the export of its editor.
+
+A checkpoint is a folder `step-00000012` that appears by one rename when it is whole: safetensors
+for the weights, their average and the optimizer's moments, JSON for the rest, and `checksums.json`.
+Nothing is pickled. One process at a time writes to a folder of checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ip2p_ray.diffusion.model import StableDiffusion
+from ip2p_ray.errors import ConfigError, ModelError
+from ip2p_ray.training.ema import Ema
+from ip2p_ray.training.state import TrainState
+
+EDITOR_DEFAULTS = "editor_defaults.json"
+CHECKSUMS, FACTS = "checksums.json", "state.json"
+PARTS = ("unet", "ema", "optimizer")
+LOG = logging.getLogger(__name__)
+
+
+def save_checkpoint(folder: str | Path, state: TrainState, *, keep: int | None = 2) -> Path:
+    """The new folder `folder/step-...`; the `keep` newest stay, older ones are removed after.
+
+    Whatever moment the process is killed at, `latest_checkpoint` finds a whole one, at the
+    latest the one before. A step that is already saved is left as it is. None keeps all.
+    """
+    if keep is not None and keep < 1:
+        raise ConfigError(f"keep is at least 1 or None, got {keep}")
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(root)
+    target = root / f"step-{state.step:08d}"
+    if not _is_whole(target):
+        with _temporary(root) as temporary:
+            write_checkpoint(temporary, state)
+            _take_place(temporary, target)
+    for old in _steps(root)[:-keep] if keep else []:
+        if old != target:
+            _remove(old)
+    return target
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The whole checkpoint of the highest step in the folder, or None.
+
+    Whole means that every listed file is there with its size; contents are checked by
+    `load_checkpoint`.
+    """
+    root = Path(folder)
+    whole = [path for path in _steps(root) if _is_whole(path)] if root.is_dir() else []
+    return whole[-1] if whole else None
+
+
+def write_checkpoint(folder: str | Path, state: TrainState) -> None:
+    """Write the state's files into an existing folder, flushed to disk, checksums last."""
+    root = Path(folder)
+    for part, tensors in state.tensors().items():
+        rows = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(rows, root / f"{part}.safetensors")
+    _write_json(root / FACTS, state.facts())
+    names = [f"{part}.safetensors" for part in PARTS] + [FACTS]
+    for name in names:
+        _flush(root / name)
+    sums = {name: _checksum(root / name) for name in names}
+    _write_json(root / CHECKSUMS, sums)
+    _flush(root / CHECKSUMS)
+    _flush(root)
+
+
+def load_checkpoint(folder: str | Path, state: TrainState) -> None:
+    """Put a saved state into `state`, which `training.loop.start` made; it then goes on exactly.
+
+    Raises:
+        ModelError: a file is missing or differs from its checksum, or the checkpoint is of
+            another model; the state is then unchanged.
+        ConfigError: the run had another seed, batch size or dataset.
+    """
+    root = Path(folder)
+    sums = _read_json(root, CHECKSUMS)
+    for name in [f"{part}.safetensors" for part in PARTS] + [FACTS]:
+        if name not in sums or not (root / name).is_file():
+            raise ModelError(f"checkpoint {root} has no {name}: it is not whole, use another")
+        if _checksum(root / name) != sums[name]:
+            raise ModelError(f"checkpoint {root}: {name} differs from its checksum, use another")
+    try:
+        tensors = {part: load_file(root / f"{part}.safetensors") for part in PARTS}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"checkpoint {root} cannot be read: {error}") from error
+    state.restore(tensors, _read_json(root, FACTS))
+
+
+def export_editor(
+    model: StableDiffusion,
+    ema: Ema | None,
+    folder: str | Path,
+    defaults: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A diffusers folder that StableDiffusionInstructPix2PixPipeline.from_pretrained loads.
+
+    With `ema` its UNet holds the averaged weights; the model keeps its own. `defaults` are fields
+    of editor.EditSettings and travel as editor_defaults.json. `dtype` is that of the weights on
+    disk. The folder appears whole or not at all, and replaces an older one.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    averaged = ema.applied_to(model.unet) if ema else contextlib.nullcontext()
+    with _temporary(target.parent) as temporary, averaged:
+        model.save(temporary / "model", dtype=dtype)
+        if defaults is not None:
+            _write_json(temporary / "model" / EDITOR_DEFAULTS, defaults)
+        for path in (temporary / "model").rglob("*"):
+            _flush(path)
+        _take_place(temporary / "model", target)
+
+
+def _steps(root: Path) -> list[Path]:
+    found = [path for path in root.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == facts["bytes"] for name, facts in sums.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+def _read_json(root: Path, name: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((root / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"checkpoint {root} has no readable {name}: {error}") from error
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _temporary(parent: Path) -> Iterator[Path]:
+    """A folder beside the final one, gone after the block unless it was renamed."""
+    folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_place(new: Path, target: Path) -> None:
+    """Rename; a folder that is in the way steps aside first and is removed after."""
+    aside = None
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(prefix=".removing-", dir=target.parent))
+        target.rename(aside / target.name)
+    new.rename(target)
+    _flush(target.parent)
+    if aside:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight by one rename, then deleted: a half-deleted checkpoint is never seen."""
+    aside = Path(tempfile.mkdtemp(prefix=".removing-", dir=folder.parent))
+    folder.rename(aside / folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """What a killed process was writing or removing."""
+    for path in root.iterdir():
+        if path.name.startswith((".writing-", ".removing-")):
+            LOG.info("checkpoints: removing %s, left behind by a stopped process", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Contents of a file, or the names in a folder, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Stable Diffusion as functions: noise schedule, model, samplers, guidance."""

@@ -1,0 +1,148 @@
+"""A diffusers folder on disk: its parts read and checked, and written in one move."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import (
+    EulerAncestralDiscreteScheduler,
+)
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ip2p_ray.errors import ModelError
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# What the readers of the parts raise for a file that is missing, cut short or of another shape.
+READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+
+
+def read_parts(source: str) -> dict[str, Any]:
+    """The five parts of a diffusers folder or hub id, by name, on the CPU.
+
+    The scheduler comes as its config, a dict. Weights must be complete: a missing tensor is
+    an error here, never a random start.
+
+    Raises: ModelError that names the source and the part which is missing or broken.
+    """
+    _check_source(source)
+    return {
+        "unet": _read_weights(UNet2DConditionModel, source, "unet"),
+        "vae": _read_weights(AutoencoderKL, source, "vae"),
+        "text_encoder": _read_weights(CLIPTextModel, source, "text_encoder"),
+        "tokenizer": _read_tokenizer(source),
+        "scheduler": _read_scheduler(source),
+    }
+
+
+def write_parts(folder: Path, parts: Mapping[str, Any], *, pipeline: str) -> None:
+    """A diffusers folder with these parts, whole or not at all.
+
+    `parts` has the names of PARTS, the scheduler being its config; `pipeline` is the class that
+    diffusers builds from the folder. Everything is written to a temporary sibling, which then
+    takes the name; a folder that was there is replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        for name in ("unet", "vae", "text_encoder", "tokenizer"):
+            parts[name].save_pretrained(temporary / name)
+        (temporary / "scheduler").mkdir()
+        _write_json(temporary / "scheduler" / "scheduler_config.json", parts["scheduler"])
+        _write_json(temporary / "model_index.json", _model_index(parts, pipeline))
+        _take_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_source(source: str) -> None:
+    folder = Path(source)
+    if not folder.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
+            return
+        raise ModelError(f"no model folder {source}: give a diffusers folder or a hub id")
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise ModelError(
+            f"model folder {source} has no {missing[0]}/: a diffusers folder holds "
+            + ", ".join(f"{part}/" for part in PARTS)
+        )
+
+
+def _read_weights(kind: Any, source: str, part: str) -> torch.nn.Module:
+    try:
+        model, info = kind.from_pretrained(source, subfolder=part, output_loading_info=True)
+    except READ_ERRORS as error:
+        raise _broken(source, part, error) from error
+    lost = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    if lost:
+        raise ModelError(
+            f"{part} of model {source} lacks {len(lost)} tensors, the first {lost[0]}: "
+            "the weights are not whole"
+        )
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def _read_tokenizer(source: str) -> Any:
+    try:
+        return CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+    except READ_ERRORS as error:
+        raise _broken(source, "tokenizer", error) from error
+
+
+def _read_scheduler(source: str) -> dict[str, Any]:
+    try:
+        config = EulerAncestralDiscreteScheduler.load_config(source, subfolder="scheduler")
+    except READ_ERRORS as error:
+        raise _broken(source, "scheduler", error) from error
+    return dict(config)
+
+
+def _broken(source: str, part: str, error: BaseException) -> ModelError:
+    reason = str(error).strip().splitlines()
+    return ModelError(
+        f"{part} of model {source} cannot be read: {reason[0] if reason else repr(error)}"
+    )
+
+
+def _model_index(parts: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
+    return {
+        "_class_name": pipeline,
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", parts["scheduler"]["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _take_place(temporary: Path, folder: Path) -> None:
+    """`temporary` renamed to `folder`; an older folder steps aside first and is then removed."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    folder.rename(aside / folder.name)
+    temporary.rename(folder)
+    shutil.rmtree(aside)

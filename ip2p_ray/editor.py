@@ -1,0 +1,357 @@
+"""The product: an editor that changes a picture as a sentence tells it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, get_args
+
+import torch
+from PIL import Image, ImageOps
+
+from ip2p_ray.checkpoint import EDITOR_DEFAULTS, export_editor
+from ip2p_ray.diffusion.guidance import rescale, two_scale
+from ip2p_ray.diffusion.model import StableDiffusion
+from ip2p_ray.diffusion.noise import Spacing, row_generators, row_noise
+from ip2p_ray.diffusion.sample import Denoise, Sampler, sample
+from ip2p_ray.errors import ConfigError, ModelError
+from ip2p_ray.images import (
+    decode_image,
+    edit_size,
+    encode_png,
+    fit_image,
+    to_pil,
+    to_tensor,
+    to_uint8,
+)
+
+SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSettings:
+    """How a picture is edited; the defaults are the paper's, a model folder may bring its own."""
+
+    steps: int = 100
+    """Denoising steps, each three passes through the UNet."""
+    text_guidance_scale: float = 7.5
+    """How strongly the instruction is followed; the paper uses 5 to 10."""
+    image_guidance_scale: float = 1.5
+    """How strongly the source image is kept; the paper uses 1 to 1.5."""
+    sampler: Sampler = "euler_ancestral"
+    """Which of diffusion.sample's samplers."""
+    resolution: int = 512
+    """Pixels to which the longer side is brought; see images.edit_size."""
+    max_pixels: int = 1024 * 1024
+    """Pixels of the largest picture that is edited; larger ones are shrunk."""
+    guidance_rescale: float = 0.0
+    """0 for none, up to 1: draw the contrast back to that of the unguided prediction."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "resolution", "max_pixels"):
+            _check_integer(name, getattr(self, name), least=1)
+        for name in ("text_guidance_scale", "image_guidance_scale"):
+            _check_scale(name, getattr(self, name))
+        if self.sampler not in get_args(Sampler):
+            raise ConfigError(f"sampler is one of {get_args(Sampler)}, got {self.sampler!r}")
+        _check_scale("guidance_rescale", self.guidance_rescale)
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ConfigError(f"guidance_rescale lies in [0, 1], got {self.guidance_rescale!r}")
+
+
+class Overrides(TypedDict, total=False):
+    """What a call may state of EditSettings; None is as good as not stated."""
+
+    steps: int | None
+    sampler: Sampler | None
+    resolution: int | None
+    max_pixels: int | None
+    guidance_rescale: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditRequest:
+    """One picture to edit, with what may differ from its neighbours in a batch."""
+
+    image: Image.Image | bytes
+    """Any mode and orientation; or the encoded file."""
+    instruction: str
+    """What to change; an empty one changes nothing."""
+    seed: int = 0
+    """In [0, 2**63); of the initial noise and the steps' noise."""
+    text_guidance_scale: float
+    image_guidance_scale: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image, Image.Image | bytes):
+            raise ConfigError(f"image is a PIL image or bytes, got {type(self.image).__name__}")
+        if not isinstance(self.instruction, str):
+            raise ConfigError(f"instruction is a text, got {self.instruction!r}")
+        _check_integer("seed", self.seed, least=0)
+        if self.seed >= SEED_LIMIT:
+            raise ConfigError(f"seed lies in [0, 2**63), got {self.seed}")
+        for name in ("text_guidance_scale", "image_guidance_scale"):
+            _check_scale(name, getattr(self, name))
+
+
+class Editor:
+    """Edits pictures with an InstructPix2Pix model.
+
+    What a request returns depends on the request alone: every row has its own random stream. In
+    a batch only the rounding of the arithmetic may differ, on float32 latents by less than 1e-4.
+    """
+
+    def __init__(
+        self,
+        model: StableDiffusion,
+        *,
+        settings: EditSettings | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        if not model.takes_image:
+            raise ModelError(
+                f"an editor's UNet takes {2 * model.latent_channels} channels (noisy latents and "
+                f"the source image's), this one {model.unet.config['in_channels']}"
+            )
+        _check_integer("batch_size", batch_size, least=1)
+        self.model, self.batch_size = model, batch_size
+        self.settings = settings or EditSettings()
+        """What is used for whatever a call does not state."""
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 8,
+    ) -> Editor:
+        """The editor in a local diffusers folder or of a hub id, with the folder's own settings.
+
+        Raises:
+            ModelError: the folder is missing, broken, or not an editor's; it is named.
+        """
+        model = StableDiffusion.load(source, device=device, dtype=dtype)
+        settings = _read_settings(Path(source) / EDITOR_DEFAULTS)
+        return cls(model, settings=settings, batch_size=batch_size)
+
+    def save(self, folder: str | Path) -> None:
+        """A folder that `load` and diffusers' StableDiffusionInstructPix2PixPipeline read."""
+        export_editor(self.model, None, folder, dataclasses.asdict(self.settings))
+
+    def edit(
+        self,
+        image: Image.Image | bytes,
+        instruction: str,
+        *,
+        seed: int = 0,
+        text_guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        **settings: Unpack[Overrides],
+    ) -> Image.Image:
+        """The picture after the edit, RGB, at the size that `images.edit_size` gives.
+
+        What is not stated comes from the editor's own settings. An empty instruction returns
+        the resized picture. The same arguments return the same picture.
+
+        Raises:
+            ConfigError: an argument is outside what is allowed.
+            ImageError: the image cannot be decoded.
+        """
+        return self.edit_batch(
+            [image],
+            [instruction],
+            [seed],
+            text_guidance_scale=text_guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            **settings,
+        )[0]
+
+    def edit_batch(
+        self,
+        images: Sequence[Image.Image | bytes],
+        instructions: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        *,
+        text_guidance_scale: float | Sequence[float] | None = None,
+        image_guidance_scale: float | Sequence[float] | None = None,
+        **settings: Unpack[Overrides],
+    ) -> list[Image.Image]:
+        """As `edit` for many pictures; the two scales are one number, or one for each picture.
+
+        Seeds are 0 by default. Pictures of one size are edited together, at most `batch_size` of
+        them at a time.
+        """
+        common = self._settings(settings)
+        columns = {
+            "image": images,
+            "instruction": instructions,
+            "seed": seeds,
+            "text_guidance_scale": text_guidance_scale,
+            "image_guidance_scale": image_guidance_scale,
+        }
+        requests = _requests(columns, common)
+        pictures = [self.prepare(request.image, common) for request in requests]
+        results = list(pictures)
+        for rows in _batches(requests, pictures, self.batch_size):
+            latents = self.edit_latents(
+                [pictures[row] for row in rows], [requests[row] for row in rows], common
+            )
+            for row, picture in zip(rows, self._decode(latents), strict=True):
+                results[row] = picture
+        return results
+
+    def prepare(self, image: Image.Image | bytes, settings: EditSettings) -> Image.Image:
+        """The picture that is edited: upright RGB at its edit size."""
+        upright = _upright_rgb(image)
+        size = edit_size(
+            upright.width,
+            upright.height,
+            resolution=settings.resolution,
+            multiple=self.size_multiple,
+            max_pixels=settings.max_pixels,
+        )
+        return fit_image(upright, size)
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides are multiples of this: the pixels behind one place of the UNet's lowest level."""
+        vae_levels = len(self.model.vae.config["block_out_channels"])
+        unet_levels = len(self.model.unet.config["block_out_channels"])
+        return int(2 ** (vae_levels - 1) * 2 ** (unet_levels - 1))
+
+    @torch.inference_mode()
+    def edit_latents(
+        self,
+        pictures: Sequence[Image.Image],
+        requests: Sequence[EditRequest],
+        settings: EditSettings,
+    ) -> torch.Tensor:
+        """The edited pictures' scaled latents, float32 (row, channel, height, width).
+
+        `pictures` are RGB and of one size, which is not changed any more; the requests' own
+        images are not looked at. Noise is drawn in diffusers' order: the initial noise first,
+        then one draw a step, from one CPU generator a row.
+
+        Source: equation 3 of the paper; parity with StableDiffusionInstructPix2PixPipeline is
+        tested, which however drops all guidance at image_guidance_scale < 1.
+        """
+        model, device = self.model, self.model.device
+        generators = row_generators([request.seed for request in requests])
+        images = torch.stack([to_tensor(picture) for picture in pictures])
+        image_latents, _ = model.encode_image(images)
+        sigmas = model.schedule.sigmas(settings.steps, spacing=self._spacing).to(device)
+        x = row_noise(generators, image_latents.shape[1:]).to(device) * sigmas[0]
+        denoise = self._guided(image_latents, requests, settings)
+        return sample(denoise, x, sigmas, sampler=settings.sampler, generators=generators)
+
+    def _guided(
+        self,
+        image_latents: torch.Tensor,
+        requests: Sequence[EditRequest],
+        settings: EditSettings,
+    ) -> Denoise:
+        """The denoiser with both guidances: three rows of the UNet for each row."""
+        model, rows = self.model, len(requests)
+        text = model.encode_text(["", *(request.instruction for request in requests)])
+        null = text[:1].expand(rows, -1, -1)
+        text = torch.cat([null, null, text[1:]])
+        condition = torch.cat([torch.zeros_like(image_latents), image_latents, image_latents])
+        text_scale = torch.tensor([request.text_guidance_scale for request in requests])
+        image_scale = torch.tensor([request.image_guidance_scale for request in requests])
+        amount = torch.full((rows,), settings.guidance_rescale)
+
+        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            predictions = model.denoise(x.repeat(3, 1, 1, 1), sigma.repeat(3), text, condition)
+            none, image, both = predictions.chunk(3)
+            guided = two_scale(none, image, both, image_scale=image_scale, text_scale=text_scale)
+            return rescale(guided, both, amount) if settings.guidance_rescale else guided
+
+        return denoise
+
+    @torch.inference_mode()
+    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        return [to_pil(array) for array in to_uint8(self.model.decode(latents))]
+
+    @property
+    def _spacing(self) -> Spacing:
+        trailing = self.model.scheduler_config.get("timestep_spacing") == "trailing"
+        return "trailing" if trailing else "linspace"
+
+    def _settings(self, changes: Overrides) -> EditSettings:
+        unknown = [name for name in changes if name not in Overrides.__annotations__]
+        if unknown:
+            known = ", ".join(Overrides.__annotations__)
+            raise ConfigError(f"no such setting {unknown[0]!r}; there are {known}")
+        given = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(self.settings, **given)  # type: ignore[arg-type]
+
+
+def _requests(columns: Mapping[str, Any], settings: EditSettings) -> list[EditRequest]:
+    """One request a picture; a column is a sequence as long, or one value for all, or None."""
+    count = len(columns["image"])
+    defaults = {
+        "seed": 0,
+        "text_guidance_scale": settings.text_guidance_scale,
+        "image_guidance_scale": settings.image_guidance_scale,
+    }
+    filled = {}
+    for name, values in columns.items():
+        if values is None or isinstance(values, int | float | str):
+            filled[name] = [defaults.get(name) if values is None else values] * count
+        elif len(values) != count:
+            raise ConfigError(f"{count} images but {len(values)} values of {name}")
+        else:
+            filled[name] = list(values)
+    rows = zip(*filled.values(), strict=True)
+    return [EditRequest(**dict(zip(filled, row, strict=True))) for row in rows]
+
+
+def _batches(
+    requests: Sequence[EditRequest], pictures: Sequence[Image.Image], batch_size: int
+) -> list[list[int]]:
+    """The rows to edit, in groups of one picture size; an empty instruction needs no editing."""
+    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for row, (request, picture) in enumerate(zip(requests, pictures, strict=True)):
+        if request.instruction.strip():
+            by_size[picture.size].append(row)
+    return [
+        rows[start : start + batch_size]
+        for rows in by_size.values()
+        for start in range(0, len(rows), batch_size)
+    ]
+
+
+def _upright_rgb(image: Image.Image | bytes) -> Image.Image:
+    """8-bit RGB, EXIF orientation applied, transparency on white, by the rules of decode_image."""
+    if isinstance(image, bytes):
+        return decode_image(image)
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("RGB", "CMYK", "YCbCr", "HSV", "LAB"):
+        return upright.convert("RGB")
+    return decode_image(encode_png(upright))
+
+
+def _read_settings(path: Path) -> EditSettings:
+    if not path.exists():
+        return EditSettings()
+    try:
+        return EditSettings(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path} does not hold the settings of an editor: {error}") from error
+
+
+def _check_integer(name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} is a whole number of at least {least}, got {value!r}")
+
+
+def _check_scale(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConfigError(f"{name} is a finite number, got {value!r}")

@@ -1,0 +1,38 @@
+"""What a run may raise; a bad row is not here, it goes to the rejects with a reason.
+
+Ip2pError
+|-- ConfigError    a setting or an argument is wrong
+|-- ImageError     the bytes of one image cannot be used; a stage makes a reject of it
+|-- ModelError     a weights folder is missing or broken; names it
+|-- DatasetError   a dataset is missing, incomplete or of another schema; names it
+`-- StageError     a stage of the flow failed, or rejected more rows than it may
+
+ConfigError and ImageError are ValueErrors too. No class has an `__init__`, so that each survives
+pickling between Ray processes.
+"""
+
+from __future__ import annotations
+
+
+class Ip2pError(Exception):
+    """Anything that this package raises on purpose."""
+
+
+class ConfigError(Ip2pError, ValueError):
+    """A setting or an argument is outside what is allowed; the text says the rule and the value."""
+
+
+class ImageError(Ip2pError, ValueError):
+    """One image cannot be decoded or is too large; the text says why."""
+
+
+class ModelError(Ip2pError):
+    """A folder of weights is missing or broken; the text names it."""
+
+
+class DatasetError(Ip2pError):
+    """A dataset is missing, incomplete or has another schema; the text names its URI."""
+
+
+class StageError(Ip2pError):
+    """A stage failed as a whole; the text names the stage."""

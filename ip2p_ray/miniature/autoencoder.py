@@ -1,0 +1,122 @@
+"""Training of the miniature's AutoencoderKL: 64x64 pictures to 8x8 latents of 8 channels."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from ip2p_ray.miniature.feed import pictures, scene_batch, step_random
+from ip2p_ray.miniature.fit import FitConfig, fit, save_module
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    steps: int = 1_800
+    """Steps of the whole autoencoder."""
+    decoder_steps: int = 4_000
+    """Steps of the decoder alone afterwards."""
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    kl_weight: float = 3e-4
+    """Weight of the mean KL divergence a latent number, in nats, beside the mean absolute error."""
+    latent_channels: int = 8
+    channels: tuple[int, ...] = (16, 32, 64, 96)
+
+
+def build(config: AutoencoderConfig) -> AutoencoderKL:
+    levels = len(config.channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.channels,
+        layers_per_block=1,
+        latent_channels=config.latent_channels,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+
+
+def train(config: AutoencoderConfig, folder: Path, *, seed: int, device: str) -> dict[str, float]:
+    """Train (or resume) and save `folder`/vae with the measured scaling factor in its config."""
+    torch.manual_seed(seed)
+    vae: Any = build(config).to(device, memory_format=torch.channels_last)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = step_random("autoencoder", seed, step)
+        torch.manual_seed(rng.getrandbits(60))
+        images = _images(rng, config.batch_size, device)
+        posterior = vae.encode(images).latent_dist
+        value, figures = _reconstruction(vae.decode(posterior.sample()).sample, images)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return value + config.kl_weight * kl, {**figures, "kl": float(kl.detach())}
+
+    fit_config = FitConfig(steps=config.steps, learning_rate=config.learning_rate)
+    result = fit("autoencoder", vae, loss, fit_config, folder / "state")
+    vae.register_to_config(scaling_factor=_scaling_factor(vae, seed, device))
+    save_module(vae, folder / "vae")
+    return {**result, "scaling_factor": vae.config["scaling_factor"]}
+
+
+def train_decoder(
+    config: AutoencoderConfig, folder: Path, *, seed: int, device: str
+) -> dict[str, float]:
+    """Go on with the decoder alone (or resume) and save it into `folder`/vae.
+
+    The latents stay what they are, so a generator can be trained on them meanwhile. Stable
+    Diffusion's later autoencoders (ft-EMA, ft-MSE) came about the same way.
+    """
+    vae: Any = AutoencoderKL.from_pretrained(folder / "vae").to(
+        device, memory_format=torch.channels_last
+    )
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = step_random("decoder", seed, step)
+        torch.manual_seed(rng.getrandbits(60))
+        images = _images(rng, config.batch_size, device)
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.sample()
+        return _reconstruction(vae.decode(latents).sample, images)
+
+    fit_config = FitConfig(steps=config.decoder_steps, learning_rate=config.learning_rate)
+    result = fit("decoder", decoder, loss, fit_config, folder / "state")
+    save_module(vae, folder / "vae")
+    return {**result, "reconstruction_mse": _held_out_error(vae, seed, device)}
+
+
+def _images(rng: random.Random, count: int, device: str) -> Tensor:
+    images = pictures(scene_batch(rng, count)).to(device)
+    return images.to(memory_format=torch.channels_last)
+
+
+def _reconstruction(decoded: Tensor, images: Tensor) -> tuple[Tensor, dict[str, float]]:
+    absolute, squared = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
+    return absolute + squared, {"mse": float(squared.detach())}
+
+
+@torch.no_grad()
+def _scaling_factor(vae: Any, seed: int, device: str) -> float:
+    """1 / standard deviation of the latents of 1,024 scenes."""
+    rng = step_random("autoencoder-scale", seed, 0)
+    parts = [pictures(scene_batch(rng, 32)).to(device) for _ in range(32)]
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
+    return float(1.0 / latents.std())
+
+
+@torch.no_grad()
+def _held_out_error(vae: Any, seed: int, device: str) -> float:
+    """Mean squared error in [-1, 1] of 256 held-out scenes."""
+    rng = step_random("autoencoder-test", seed, 0)
+    errors = []
+    for _ in range(8):
+        images = pictures(scene_batch(rng, 32, held_out=True)).to(device)
+        decoded = vae.decode(vae.encode(images).latent_dist.mean).sample
+        errors.append(float(F.mse_loss(decoded.clamp(-1, 1), images)))
+    return sum(errors) / len(errors)

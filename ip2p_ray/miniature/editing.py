@@ -1,0 +1,216 @@
+"""The last two trainings of the miniature: the pairs its generator makes, and the editor from them.
+
+Everything here is the library's own method on the miniature's models: the writer's triplets,
+Prompt-to-Prompt candidates, CLIP's judgement, encoded latents, the training loop. No drawn picture
+reaches the editor.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ip2p_ray.checkpoint import (
+    export_editor,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from ip2p_ray.clip import Clip
+from ip2p_ray.diffusion.model import StableDiffusion
+from ip2p_ray.filtering import Thresholds, select
+from ip2p_ray.latents import LatentDataset, encode_pairs
+from ip2p_ray.miniature.scores import random_captions
+from ip2p_ray.pairs import PairConfig, candidate_requests, generate_candidates
+from ip2p_ray.schema import LATENTS, pair_key, recipe
+from ip2p_ray.training.loop import TrainConfig, start, train
+from ip2p_ray.triplets.local_writer import LocalWriter
+from ip2p_ray.triplets.reply import Triplet, parse_reply
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 16
+"""Triplets a chunk of pairs; a kill loses at most the chunk that was being made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditingConfig:
+    triplets: int = 3_000
+    """Captions given to the writer; most replies become triplets."""
+    candidates: int = 2
+    """Candidates of each triplet."""
+    sampling_steps: int = 12
+    guidance_scale: tuple[float, float] = (2.0, 4.0)
+    self_replace: tuple[float, float] = (0.0, 0.8)
+    steps: int = 5_000
+    """Optimizer steps of the editor."""
+    batch_size: int = 64
+    learning_rate: float = 5e-4
+    save_every: int = 200
+    """Steps between checkpoints of the editor's training."""
+
+    def pairs(self, thresholds: Thresholds) -> PairConfig:
+        return PairConfig(
+            resolution=64,
+            steps=self.sampling_steps,
+            sampler="dpmpp_2m",
+            candidates=self.candidates,
+            self_replace=self.self_replace,
+            guidance_scale=self.guidance_scale,
+            keep=4,
+            thresholds=thresholds,
+        )
+
+
+@dataclass(frozen=True)
+class Models:
+    """What makes pairs, loaded once."""
+
+    writer: LocalWriter
+    generator: StableDiffusion
+    clip: Clip
+
+
+def load_models(folder: Path, device: str) -> Models:
+    return Models(
+        LocalWriter.load(folder / "writer", device),
+        StableDiffusion.load(folder / "generator", device=device),
+        Clip.load(folder / "judge", device),
+    )
+
+
+def make_pairs(
+    models: Models,
+    config: EditingConfig,
+    thresholds: Thresholds,
+    folder: Path,
+    *,
+    seed: int,
+    part: tuple[int, int] = (0, 1),
+) -> None:
+    """Write every chunk of `folder`/pairs that is not there yet.
+
+    `part` (i, n) makes every n-th chunk from the i-th, so that n processes may share the work.
+    """
+    captions = random_captions(config.triplets, seed)
+    chunks = [captions[k : k + CHUNK] for k in range(0, len(captions), CHUNK)]
+    (folder / "pairs").mkdir(parents=True, exist_ok=True)
+    began = logged = time.monotonic()
+    todo = [k for k in range(part[0], len(chunks), part[1]) if not _chunk(folder, k).exists()]
+    for done, number in enumerate(todo, start=1):
+        table, funnel = _make_chunk(models, config.pairs(thresholds), chunks[number], seed)
+        metadata = {b"funnel": json.dumps(funnel).encode()}
+        temporary = _chunk(folder, number).with_suffix(".partial")
+        pq.write_table(table.replace_schema_metadata(metadata), temporary)
+        os.replace(temporary, _chunk(folder, number))
+        if time.monotonic() - logged >= 60 or done == len(todo):
+            logged = time.monotonic()
+            left = (logged - began) / done * (len(todo) - done) / 60
+            logger.info("pairs: chunk %d of %d, %s, %.0f min left", done, len(todo), funnel, left)
+
+
+def _chunk(folder: Path, number: int) -> Path:
+    return folder / "pairs" / f"{number:05d}.parquet"
+
+
+def _make_chunk(
+    models: Models, config: PairConfig, captions: list[str], seed: int
+) -> tuple[pa.Table, dict[str, int]]:
+    """(kept pairs as rows of schema.LATENTS, how many fell for which reason)."""
+    funnel: Counter[str] = Counter(captions=len(captions))
+    triplets: list[Triplet] = []
+    for caption, reply in zip(captions, models.writer.write(captions, seed=seed), strict=True):
+        answer = parse_reply(caption, reply)
+        if isinstance(answer, Triplet):
+            triplets.append(answer)
+        else:
+            funnel[answer] += 1
+    name = recipe(config, "miniature")
+    rows: list[dict[str, Any]] = []
+    requests = [
+        r for t in triplets for r in candidate_requests(t.key, t.caption, t.edited_caption, config, name)
+    ]
+    if requests:
+        source, edited = generate_candidates(models.generator, requests, config)
+        scores = models.clip.similarities(
+            source, edited, [r.caption for r in requests], [r.edited_caption for r in requests]
+        ).rows()
+        encoded = encode_pairs(models.generator, source, edited)
+        for number, triplet in enumerate(triplets):
+            own = slice(number * config.candidates, (number + 1) * config.candidates)
+            reasons = select(scores[own], config.thresholds, config.keep)
+            funnel.update(reason or "kept" for reason in reasons)
+            for index, reason in enumerate(reasons):
+                if reason is None:
+                    rows.append(
+                        {
+                            "pair_key": pair_key(triplet.key, index, name),
+                            "triplet_key": triplet.key,
+                            "instruction": triplet.instruction,
+                            "split": "train",
+                            **encoded[own.start + index],
+                        }
+                    )
+    return pa.Table.from_pylist(rows, schema=LATENTS), dict(funnel)
+
+
+def pair_funnel(folder: Path) -> dict[str, int]:
+    """How many captions, rejections by reason, and kept pairs all chunks count together."""
+    total: Counter[str] = Counter()
+    for path in sorted((folder / "pairs").glob("*.parquet")):
+        total.update(json.loads(pq.read_schema(path).metadata[b"funnel"]))
+    return dict(total)
+
+
+def train_editor(
+    config: EditingConfig, folder: Path, defaults: dict[str, Any], *, seed: int, device: str
+) -> dict[str, float]:
+    """Train (or resume) the editor from `folder`/pairs and save `folder`/editor, whole.
+
+    `defaults` are the EditSettings that travel with it.
+    """
+    model = StableDiffusion.load(folder / "generator", device=device)
+    dataset = LatentDataset(sorted((folder / "pairs").glob("*.parquet")), cache=folder / "state")
+    training = TrainConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_steps=100,
+        decay="cosine",
+        max_grad_norm=1.0,
+        ema_decay=0.998,
+        flips=False,
+        seed=seed,
+        channels_last=True,
+    )
+    state = start(model, training)
+    checkpoints = folder / "state" / "editor"
+    found = latest_checkpoint(checkpoints)
+    if found is not None:
+        load_checkpoint(found, state)
+    began = logged = time.monotonic()
+    first = state.step
+    losses: list[float] = []
+    for metrics in train(model, dataset, training, state=state):
+        losses.append(metrics.loss)
+        if metrics.step % config.save_every == 0 or metrics.step == config.steps:
+            save_checkpoint(checkpoints, state, keep=2)
+        if time.monotonic() - logged >= 60 or metrics.step == config.steps:
+            logged = time.monotonic()
+            left = (logged - began) / (metrics.step - first) * (config.steps - metrics.step) / 60
+            mean = sum(losses[-100:]) / len(losses[-100:])
+            logger.info(
+                "editor: step %d of %d, loss %.4f, epoch %.1f, %.0f min left",
+                metrics.step, config.steps, mean, metrics.epoch, left,
+            )  # fmt: skip
+    export_editor(model, state.ema, folder / "editor", defaults)
+    return {"steps": config.steps, "pairs": dataset.pairs, "seconds": time.monotonic() - began}

@@ -1,0 +1,120 @@
+"""A resumable training loop for the miniature's small models, with a log line a minute."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
+"""From a step to (scalar loss, figures to log). All randomness must come from the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    steps: int
+    """Optimizer steps, >= 1."""
+    learning_rate: float = 1e-3
+    """Peak of a linear warm-up over `warmup` steps and a cosine decay to a twentieth."""
+    warmup: int = 100
+    ema_decay: float = 0.998
+    """Decay of the weights' moving average per step, ramped up over the first steps."""
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    save_every_s: float = 120.0
+    """Seconds between saved states; a killed run loses no more than this."""
+
+
+def fit(name: str, module: nn.Module, loss: Loss, config: FitConfig, folder: Path) -> dict[str, float]:
+    """Train `module` in place and leave the averaged weights in it; returns run figures.
+
+    Reruns continue from `folder`/<name>.pt. Every step draws its randomness from its own number, so
+    a resumed run sees what an undisturbed one would have seen.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.pt"
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+    )
+    ema = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    first, seconds = 0, 0.0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, first, seconds = state["ema"], state["step"], state["seconds"]
+        logger.info("%s: continues at step %d of %d", name, first, config.steps)
+    started = saved = logged = time.monotonic()
+    module.train()
+    figures: dict[str, float] = {}
+    for step in range(first, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(step, config)
+        value, figures = loss(step)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+        optimizer.step()
+        _average(ema, module, min(config.ema_decay, (1 + step) / (10 + step)))
+        now = time.monotonic()
+        if step == first or now - logged >= 60 or step + 1 == config.steps:
+            logged = now
+            _log(name, step + 1, first, config.steps, float(value.detach()), figures, now - started)
+        if now - saved >= config.save_every_s or step + 1 == config.steps:
+            saved = now
+            state = {
+                "module": module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema,
+                "step": step + 1,
+                "seconds": seconds + now - started,
+            }
+            temporary = path.with_suffix(".tmp")
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+    module.load_state_dict(ema)
+    module.eval()
+    total = seconds + time.monotonic() - started
+    return {"steps": float(config.steps), "seconds": round(total, 1), **figures}
+
+
+def save_module(module: Any, folder: Path) -> None:
+    """`module.save_pretrained`, whole or not at all: a kill leaves the folder as it was."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    module.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _schedule(step: int, config: FitConfig) -> float:
+    warm = min(1.0, (step + 1) / config.warmup)
+    return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+
+
+@torch.no_grad()
+def _average(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+    for key, value in module.state_dict().items():
+        if value.is_floating_point():
+            ema[key].lerp_(value, 1 - decay)
+        else:
+            ema[key].copy_(value)
+
+
+def _log(
+    name: str, step: int, first: int, steps: int, loss: float, figures: dict[str, float], spent: float
+) -> None:
+    left = spent / (step - first) * (steps - step) / 60
+    rest = " ".join(f"{k} {v:.4f}" for k, v in figures.items())
+    logger.info("%s: step %d of %d, loss %.4f %s, %.0f min left", name, step, steps, loss, rest, left)

@@ -1,0 +1,173 @@
+"""Training of the miniature's CLIP: an open_clip model, and the text encoder that comes from it.
+
+The text tower learns two things at once: to match pictures (contrastively, with edited scenes as
+hard negatives) and to predict the next word of captions and instructions. The second keeps every
+word's meaning in its own hidden state, which is what a generator's cross-attention reads; the tower
+is then frozen and becomes its CLIPTextModel, as CLIP's is in Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ip2p_ray.clip import preprocess, save_clip
+from ip2p_ray.miniature import grammar
+from ip2p_ray.miniature.feed import captions, pictures, scene_batch, step_random
+from ip2p_ray.miniature.fit import FitConfig, fit
+from ip2p_ray.miniature.scenes import random_edit
+from ip2p_ray.miniature.vocabulary import TEXT_LENGTH, clip_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    steps: int = 1_200
+    batch_size: int = 128
+    """Pictures a step: scenes, and one edit of each as its hard negative."""
+    learning_rate: float = 1e-3
+    language_weight: float = 0.3
+    """Weight of the next-word loss beside the contrastive one."""
+
+
+def clip_config(vocabulary: int) -> dict[str, Any]:
+    """The open_clip config: a small ResNet and a small causal transformer."""
+    return {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
+        "text_cfg": {
+            "context_length": TEXT_LENGTH,
+            "vocab_size": vocabulary,
+            "width": 128,
+            "heads": 4,
+            "layers": 3,
+        },
+    }
+
+
+def train(config: JudgeConfig, folder: Path, *, seed: int, device: str) -> dict[str, float]:
+    """Train (or resume); save `folder`/judge (open_clip), /text_encoder and /tokenizer."""
+    torch.manual_seed(seed)
+    tokenizer = clip_tokenizer()
+    shape = clip_config(len(tokenizer))
+    model: Any = open_clip.CLIP(**shape).to(device)
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+    def tokens(texts: list[str]) -> Tensor:
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True}
+        ids = tokenizer(texts, max_length=TEXT_LENGTH, return_tensors="pt", **options)["input_ids"]
+        return ids.to(device)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = step_random("judge", seed, step)
+        scenes = scene_batch(rng, config.batch_size // 2)
+        changes = [random_edit(scene, rng) for scene in scenes]
+        everything = [*scenes, *(change.edited for change in changes)]
+        bytes_ = ((pictures(everything) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        image = F.normalize(model.visual(preprocess(bytes_.to(device), (64, 64), mean, std)), dim=-1)
+        ids = tokens(captions(everything, rng))
+        hidden, text = _text(model, ids)
+        wishes = tokens([grammar.instruction(c, grammar.random_wording(rng), rng) for c in changes])
+        wish_hidden, _ = _text(model, wishes)
+        contrast, accuracy = _contrast(model.logit_scale, image, text, [s.described for s in everything])
+        language = _next_word(model, hidden, ids) + _next_word(model, wish_hidden, wishes)
+        figures = {"accuracy": accuracy, "language": float(language.detach()) / 2}
+        return contrast + config.language_weight * language, figures
+
+    fit_config = FitConfig(steps=config.steps, learning_rate=config.learning_rate)
+    result = fit("judge", model, loss, fit_config, folder / "state")
+    model.float().cpu()
+    save_clip(model, shape, tokenizer, folder / "judge")
+    text_encoder(model, tokenizer).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return result
+
+
+def _text(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(hidden states (text, token, channel), unit features (text, feature)) of the text tower."""
+    x = model.token_embedding(ids) + model.positional_embedding
+    hidden = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+    pooled = hidden[torch.arange(len(ids)), ids.argmax(dim=-1)] @ model.text_projection
+    return hidden, F.normalize(pooled, dim=-1)
+
+
+def _contrast(
+    log_scale: Tensor, image: Tensor, text: Tensor, described: list[Any]
+) -> tuple[Tensor, float]:
+    """Symmetric cross-entropy; scenes that read the same are not held against each other."""
+    logits = log_scale.clamp(max=4.6).exp() * image @ text.T
+    names = {name: index for index, name in enumerate(dict.fromkeys(described))}
+    group = torch.tensor([names[name] for name in described], device=image.device)
+    same = group[:, None] == group[None]
+    same.fill_diagonal_(False)
+    logits = logits.masked_fill(same, -1e4)
+    target = torch.arange(len(described), device=image.device)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, float((logits.argmax(dim=-1) == target).float().mean())
+
+
+def _next_word(model: Any, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Cross-entropy of each token given those before it, up to the first end token."""
+    logits = hidden[:, :-1] @ model.token_embedding.weight.T
+    target = ids[:, 1:]
+    end = ids.max()
+    after_end = (ids[:, :-1] == end).long().cumsum(dim=-1) > 0
+    target = target.masked_fill(after_end, -100)
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+
+
+def text_encoder(model: Any, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The text tower of an open_clip model as transformers' CLIPTextModel; same hidden states."""
+    width = model.positional_embedding.shape[1]
+    blocks = model.transformer.resblocks
+    end = tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token))
+    start = tokenizer.convert_tokens_to_ids(str(tokenizer.bos_token))
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=len(blocks),
+            num_attention_heads=blocks[0].attn.num_heads,
+            max_position_embeddings=model.positional_embedding.shape[0],
+            hidden_act="gelu",
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+    state = {
+        "embeddings.token_embedding.weight": model.token_embedding.weight,
+        "embeddings.position_embedding.weight": model.positional_embedding,
+        "final_layer_norm.weight": model.ln_final.weight,
+        "final_layer_norm.bias": model.ln_final.bias,
+    }
+    for index, block in enumerate(blocks):
+        to = f"encoder.layers.{index}"
+        for name, part in zip("qkv", block.attn.in_proj_weight.chunk(3), strict=True):
+            state[f"{to}.self_attn.{name}_proj.weight"] = part
+        for name, part in zip("qkv", block.attn.in_proj_bias.chunk(3), strict=True):
+            state[f"{to}.self_attn.{name}_proj.bias"] = part
+        pairs = {
+            "self_attn.out_proj": block.attn.out_proj,
+            "layer_norm1": block.ln_1,
+            "layer_norm2": block.ln_2,
+            "mlp.fc1": block.mlp.c_fc,
+            "mlp.fc2": block.mlp.c_proj,
+        }
+        for name, module in pairs.items():
+            state[f"{to}.{name}.weight"] = module.weight
+            state[f"{to}.{name}.bias"] = module.bias
+    names = encoder.state_dict()
+    prefix = "text_model." if any(name.startswith("text_model.") for name in names) else ""
+    renamed = {prefix + name: value.detach().clone() for name, value in state.items()}
+    missing, unexpected = encoder.load_state_dict(renamed, strict=False)
+    if unexpected or any("position_ids" not in name for name in missing):
+        raise ValueError(f"text tower does not fit: missing {missing}, unexpected {unexpected}")
+    return encoder.eval()

@@ -1,0 +1,114 @@
+"""Scoring the trained miniature on held-out scenes, and packing it for the package.
+
+What is shipped is float16; the scores are those of the float32 models that are packed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ip2p_ray.clip import Clip
+from ip2p_ray.diffusion.model import StableDiffusion
+from ip2p_ray.diffusion.sample import text_to_image
+from ip2p_ray.editor import Editor
+from ip2p_ray.images import to_pil
+from ip2p_ray.miniature import scores
+from ip2p_ray.miniature.editing import EditingConfig
+from ip2p_ray.miniature.weights import EDITOR_DEFAULTS, PAIRS_FILE, THRESHOLDS_FILE
+from ip2p_ray.triplets.local_writer import LocalWriter
+
+import numpy as np
+
+EDITOR_SETTINGS: dict[str, Any] = {
+    "steps": 20,
+    "text_guidance_scale": 3.0,
+    "image_guidance_scale": 1.5,
+    "resolution": 64,
+    "max_pixels": 64 * 64,
+}
+"""EditSettings of the shipped editor: the paper's scales are for 512 pixels and real pictures."""
+
+TASKS = 512
+"""Held-out edits that an editor is scored on."""
+
+
+def score(folder: Path, *, seed: int, device: str) -> dict[str, Any]:
+    """All scores of the models in `folder` on held-out scenes, with their baselines."""
+    clip = Clip.load(folder / "judge", device)
+    generator = StableDiffusion.load(folder / "generator", device=device)
+    tasks = scores.edit_tasks(TASKS, seed + 1)
+    sources = scores.source_pictures(tasks)
+    editor = Editor.load(folder / "editor", device=device, batch_size=64)
+    edited = editor.edit_batch(
+        [to_pil(source) for source in sources],
+        [task.instruction for task in tasks],
+        seeds=list(range(TASKS)),
+    )
+    alone = text_to_image(
+        generator,
+        [task.edited_caption for task in tasks],
+        list(range(TASKS)),
+        height=64,
+        width=64,
+        steps=20,
+        guidance_scale=3.0,
+    )
+    return {
+        "judge_accuracy_of_64": scores.score_judge(clip, seed=seed + 1),
+        "writer": scores.score_writer(LocalWriter.load(folder / "writer", device), seed=seed + 1),
+        "generator": scores.score_generator(generator, clip, seed=seed + 1),
+        "editor": scores.score_edits(np.stack([np.asarray(p) for p in edited]), tasks),
+        "copy_input": scores.score_edits(sources, tasks),
+        "generator_only": scores.score_edits(alone, tasks),
+        "chance": scores.chance(tasks),
+    }
+
+
+def ship(folder: Path, config: EditingConfig, *, command: str) -> Path:
+    """Write `folder`/weights: float16 safetensors, thresholds, settings, scores, model card."""
+    target = folder / ".weights.partial"
+    shutil.rmtree(target, ignore_errors=True)
+    for part in ("writer", "judge", "generator", "editor"):
+        shutil.copytree(folder / part, target / part)
+    for shared in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.rmtree(target / "editor" / shared)
+    for path in target.rglob("*.safetensors"):
+        _halve(path)
+    records = _records(folder)
+    _write(target / THRESHOLDS_FILE, records["pairs"]["thresholds"])
+    pairs = asdict(config.pairs_without_thresholds())
+    pairs.pop("thresholds")
+    _write(target / PAIRS_FILE, pairs)
+    _write(target / "editor" / EDITOR_DEFAULTS, EDITOR_SETTINGS)
+    _write(target / "scores.json", records["scores"])
+    (target / "README.md").write_text(_card(records, command, target), encoding="utf-8")
+    shutil.rmtree(folder / "weights", ignore_errors=True)
+    return target.rename(folder / "weights")
+
+
+def _halve(path: Path) -> None:
+    tensors = load_file(path)
+    halved = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file(halved, path, metadata={"format": "pt"})
+
+
+def _records(folder: Path) -> dict[str, Any]:
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in (folder / "records").glob("*.json")
+    }
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(records: dict[str, Any], command: str, folder: Path) -> str:
+    return ""

@@ -1,0 +1,100 @@
+"""The shipped weights of the miniature: where they are, what is in them, how they load.
+
+The editor shares the generator's autoencoder, text encoder and tokenizer, so its folder holds only
+its UNet; `load_editor` puts the parts together and `Editor.save` writes them out as one folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from ip2p_ray.diffusion.model import StableDiffusion
+from ip2p_ray.editor import Editor, EditSettings
+from ip2p_ray.errors import ModelError
+from ip2p_ray.filtering import Thresholds
+from ip2p_ray.pairs import PairConfig
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""The folder that comes with the package."""
+
+PAIRS_FILE = "pairs.json"
+"""The fields of PairConfig that the generator was tried with; thresholds are in their own file."""
+THRESHOLDS_FILE = "thresholds.json"
+EDITOR_DEFAULTS = "editor_defaults.json"
+
+CONTENT = (
+    "writer/model.safetensors",
+    "judge/open_clip_model.safetensors",
+    "generator/unet/diffusion_pytorch_model.safetensors",
+    "generator/vae/diffusion_pytorch_model.safetensors",
+    "generator/text_encoder/model.safetensors",
+    "editor/unet/diffusion_pytorch_model.safetensors",
+    f"editor/{EDITOR_DEFAULTS}",
+    PAIRS_FILE,
+    THRESHOLDS_FILE,
+)
+
+
+def require(folder: Path = WEIGHTS) -> Path:
+    """The folder itself, once everything in it is there.
+
+    Raises:
+        ModelError: the folder is missing or lacks a file; it is named.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"the miniature's weights folder {folder} does not exist")
+    for name in CONTENT:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size == 0:
+            raise ModelError(f"the miniature's weights folder {folder} lacks {name}")
+    return folder
+
+
+def load_generator(
+    folder: Path = WEIGHTS, *, device: str | torch.device = "cpu"
+) -> StableDiffusion:
+    """The text-to-image model of the drawn world."""
+    return StableDiffusion.load(require(folder) / "generator", device=device)
+
+
+def load_editor(folder: Path = WEIGHTS, *, device: str | torch.device = "cpu") -> Editor:
+    """The shipped editor with its own defaults (64 pixels, fewer steps than the paper's)."""
+    model = load_generator(folder, device=device)
+    place = folder / "editor" / "unet"
+    try:
+        unet: Any = UNet2DConditionModel.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"the editor's UNet in {place} cannot be loaded: {error}") from error
+    settings = EditSettings(**_read(folder / "editor" / EDITOR_DEFAULTS))
+    parts = replace(model, unet=unet.to(device).eval())
+    return Editor(parts, settings=settings, batch_size=32)
+
+
+def thresholds(folder: Path = WEIGHTS) -> Thresholds:
+    """The least similarities of a kept pair, calibrated on drawn pairs for this judge."""
+    return Thresholds(**_read(folder / THRESHOLDS_FILE))
+
+
+def pair_config(folder: Path = WEIGHTS, **changes: Any) -> PairConfig:
+    """How the miniature's candidates are made and judged; `changes` replace single fields."""
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in _read(folder / PAIRS_FILE).items()
+    }
+    return PairConfig(**{**fields, "thresholds": thresholds(folder), **changes})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object")
+    return content

@@ -1,0 +1,1 @@
+"""Prompt-to-Prompt: pictures of two captions that share their structure, without attention maps."""

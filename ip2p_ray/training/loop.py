@@ -1,0 +1,281 @@
+"""The training loop: a generator that does one optimizer step and yields what it measured.
+
+It knows no Ray and no files. Who calls it decides how often to save the state between two steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ip2p_ray.diffusion.model import StableDiffusion
+from ip2p_ray.errors import ConfigError, Ip2pError
+from ip2p_ray.training.dropout import drop_images, drop_instructions, dropout_masks
+from ip2p_ray.training.ema import Ema
+from ip2p_ray.training.feed import Batch, Feed, Latents, micro_batch_size, read_batch
+from ip2p_ray.training.loss import edited_latents, editing_loss
+from ip2p_ray.training.state import TrainState, check_same_run
+from ip2p_ray.training.text import TextCache
+from ip2p_ray.training.unet import widen
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How an editor is trained; the defaults are the paper's (METHOD section 4)."""
+
+    steps: int
+    """Optimizer steps of the whole run, resumed parts included (paper: 10,000)."""
+    batch_size: int = 1024
+    """Samples of one optimizer step, over all ranks and micro-batches."""
+    learning_rate: float = 1e-4
+    """AdamW's, after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """What the learning rate does after the warm-up; cosine falls to 0 at `steps`."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    max_grad_norm: float | None = None
+    """Gradients are scaled down to this norm; None leaves them."""
+    ema_decay: float = 0.9999
+    """Per optimizer step: a horizon of 1 / (1 - ema_decay) steps, ramped up from the start. The
+    released model averaged each of 4 micro-batches, which 0.9996 repeats (2,500 steps)."""
+    dropout: float = 0.05
+    """Share of samples that lose the text only, both conditions, the image only; each."""
+    flips: bool = True
+    """Half of the visits see the pair mirrored."""
+    min_snr_gamma: float | None = None
+    """Min-SNR weighting of the loss; None is the paper's plain mean."""
+    seed: int = 0
+    """Of the order, noise, timesteps, dropout and flips."""
+    gradient_accumulation: int = 1
+    """Micro-batches that a rank's part of the batch is split into."""
+    bf16: bool = False
+    """Autocast to bfloat16; the weights and the optimizer stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+    channels_last: bool = False
+    """Keep convolution weights channels-last, faster on most GPUs."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation"):
+            _require(getattr(self, name) >= 1, f"{name} is at least 1", getattr(self, name))
+        _require(self.warmup_steps >= 0, "warmup_steps is at least 0", self.warmup_steps)
+        _require(self.learning_rate > 0, "learning_rate is positive", self.learning_rate)
+        _require(self.weight_decay >= 0, "weight_decay is at least 0", self.weight_decay)
+        _require(0 <= self.ema_decay < 1, "ema_decay lies in [0, 1)", self.ema_decay)
+        _require(0 <= self.dropout <= 1 / 3, "dropout lies in [0, 1/3]", self.dropout)
+        for name in ("max_grad_norm", "min_snr_gamma"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} is positive or None", value)
+        _require(self.decay in ("constant", "cosine"), "decay is constant or cosine", self.decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What one optimizer step measured."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    epoch: float
+    """Passes over the groups so far."""
+    loss: float
+    """Mean over the global batch where torch.distributed runs, else over this rank's part."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    ema_decay: float
+    seconds: float
+    """Wall time of the step on this rank."""
+
+
+def start(model: StableDiffusion, config: TrainConfig) -> TrainState:
+    """The state of a run at step 0; the model's UNet is widened and made float32, in place."""
+    unet: nn.Module = widen(model.unet)
+    if model.dtype != torch.float32:
+        nn.Module.to(unet, torch.float32)  # diffusers' own `to` logs a warning here
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    unet.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=next(unet.parameters()).device.type in ("cpu", "cuda"),
+    )
+    run = {"seed": config.seed, "batch_size": config.batch_size}
+    return TrainState(unet=unet, optimizer=optimizer, ema=Ema(unet, config.ema_decay), run=run)
+
+
+def train(
+    model: StableDiffusion,
+    dataset: Latents,
+    config: TrainConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    state: TrainState | None = None,
+) -> Iterator[Metrics]:
+    """One Metrics an optimizer step, from the state's step to `config.steps`.
+
+    The model's UNet is trained in place; its text encoder and autoencoder stay as they are. Pass
+    the `state` that `start` made (restored from a checkpoint, if there is one) and save it between
+    two steps. `wrap` is applied to the UNet for the forward pass (DistributedDataParallel).
+
+    Raises:
+        ConfigError: the batch does not split over the ranks, the state is another model's, or
+            the run was begun with another seed, batch size or dataset.
+        Ip2pError: the loss is not finite; the state is then as after the step before.
+    """
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank lies in [0, world_size), got {rank} of {world_size}")
+    micro_batch_size(config.batch_size, world_size, config.gradient_accumulation)
+    state = state or start(model, config)
+    if state.unet is not model.unet:
+        raise ConfigError("the state belongs to another model than the one given")
+    run = {"seed": config.seed, "batch_size": config.batch_size, "dataset": dataset.digest}
+    check_same_run(state.run, run)
+    state.run = run
+    loop = _Loop(model, dataset, config, state, rank, world_size, wrap)
+    return loop.run()
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of an optimizer step, counted from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.decay == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class _Loop:
+    """What stays the same from step to step."""
+
+    def __init__(
+        self,
+        model: StableDiffusion,
+        dataset: Latents,
+        config: TrainConfig,
+        state: TrainState,
+        rank: int,
+        world_size: int,
+        wrap: Callable[[nn.Module], nn.Module] | None,
+    ) -> None:
+        self.model, self.dataset, self.config, self.state = model, dataset, config, state
+        self.rank, self.world_size = rank, world_size
+        self.device = next(state.unet.parameters()).device
+        self.feed = Feed(len(dataset), config.batch_size, config.seed)
+        self.text = TextCache(model.encode_text)
+        if config.gradient_checkpointing:
+            state.unet.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.unet = wrap(state.unet) if wrap else state.unet
+
+    def run(self) -> Iterator[Metrics]:
+        while self.state.step < self.config.steps:
+            self.state.unet.train()
+            yield self._step()
+        self.state.unet.eval()
+
+    def _step(self) -> Metrics:
+        began = time.perf_counter()
+        state, config = self.state, self.config
+        rate = learning_rate(config, state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self._accumulate_gradients()
+        if not math.isfinite(loss):
+            state.optimizer.zero_grad(set_to_none=True)
+            raise Ip2pError(
+                f"the loss is {loss} at step {state.step + 1}; lower learning_rate (now {rate:g}) "
+                "or set max_grad_norm, and resume from the last checkpoint"
+            )
+        grad_norm = self._clip()
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        ema_decay = state.ema.update(state.unet)
+        state.step += 1
+        return Metrics(
+            step=state.step,
+            epoch=state.step * config.batch_size / len(self.dataset),
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            ema_decay=ema_decay,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _accumulate_gradients(self) -> float:
+        """The mean loss of the step's batch, its gradient left in the parameters."""
+        parts = self.config.gradient_accumulation
+        micro_batches = self.feed.part(
+            self.state.step, rank=self.rank, world_size=self.world_size, parts=parts
+        )
+        total = torch.zeros((), device=self.device)
+        for number, visits in enumerate(micro_batches, start=1):
+            batch = read_batch(self.dataset, visits, self.config.seed, flips=self.config.flips)
+            with self._communicate(last=number == parts):
+                loss = self._loss(batch) / parts
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return float(_mean_over_ranks(total, self.world_size))
+
+    def _communicate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients in the backward pass of the last micro-batch only."""
+        no_sync = getattr(self.unet, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """The mean loss of a micro-batch, a scalar."""
+        schedule, config = self.model.schedule, self.config
+        text_dropped, image_dropped = dropout_masks(batch.dropout, config.dropout)
+        text = self.text(drop_instructions(batch.instructions, text_dropped))
+        count = len(schedule.alphas_cumprod)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+            losses = editing_loss(
+                self.unet,
+                schedule,
+                latents=edited_latents(
+                    batch.edited_mean.to(self.device),
+                    batch.edited_std.to(self.device),
+                    batch.posterior_noise.to(self.device),
+                    self.model.scaling_factor,
+                ),
+                image_latents=drop_images(batch.source_mode, image_dropped).to(self.device),
+                text=text.to(self.device, torch.float32),
+                noise=batch.noise.to(self.device),
+                timesteps=(batch.timesteps * count).long().to(self.device),
+                min_snr_gamma=config.min_snr_gamma,
+            )
+        return losses.mean()
+
+    def _clip(self) -> float:
+        gradients = [p.grad for p in self.state.unet.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(
+                self.state.unet.parameters(), self.config.max_grad_norm, norm
+            )
+        return float(norm)
+
+
+def _mean_over_ranks(value: torch.Tensor, world_size: int) -> torch.Tensor:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and world_size > 1:
+        torch.distributed.all_reduce(value)
+        return value / world_size
+    return value
+
+
+def _require(holds: bool, rule: str, value: object) -> None:
+    if not holds:
+        raise ConfigError(f"{rule}, got {value!r}")
