@@ -47,7 +47,7 @@ def save_checkpoint(folder: str | Path, state: TrainState, *, keep: int | None =
     _remove_leftovers(root)
     target = root / f"step-{state.step:08d}"
     if not _is_whole(target):
-        with _temporary(root) as temporary:
+        with _temporary(root, ".writing-") as temporary:
             write_checkpoint(temporary, state)
             _take_place(temporary, target)
     for old in _steps(root)[:-keep] if keep else []:
@@ -117,12 +117,13 @@ def export_editor(
 
     With `ema` its UNet holds the averaged weights; the model keeps its own. `defaults` are fields
     of editor.EditSettings and travel as editor_defaults.json. `dtype` is that of the weights on
-    disk. The folder appears whole or not at all, and replaces an older one.
+    disk. The folder appears whole or not at all and replaces an older one, which steps aside into
+    a hidden sibling for the moment between two renames.
     """
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     averaged = ema.applied_to(model.unet) if ema else contextlib.nullcontext()
-    with _temporary(target.parent) as temporary, averaged:
+    with _temporary(target.parent, f".{target.name}-") as temporary, averaged:
         model.save(temporary / "model", dtype=dtype)
         if defaults is not None:
             _write_json(temporary / "model" / EDITOR_DEFAULTS, defaults)
@@ -163,9 +164,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(parent: Path) -> Iterator[Path]:
+def _temporary(parent: Path, prefix: str) -> Iterator[Path]:
     """A folder beside the final one, gone after the block unless it was renamed."""
-    folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     folder.chmod(0o755)
     try:
         yield folder

@@ -230,12 +230,15 @@ def save_clip(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tokenizer.save_pretrained(partial)
-    (partial / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_file(_stored(model, dtype), partial / WEIGHTS_FILE)
-    Clip.load(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        tokenizer.save_pretrained(partial)
+        (partial / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(_stored(model, dtype), partial / WEIGHTS_FILE)
+        Clip.load(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _require_folder(source: str) -> None:

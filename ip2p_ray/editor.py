@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from collections import defaultdict
@@ -23,7 +24,6 @@ from ip2p_ray.errors import ConfigError, ModelError
 from ip2p_ray.images import (
     decode_image,
     edit_size,
-    encode_png,
     fit_image,
     to_pil,
     to_tensor,
@@ -333,9 +333,13 @@ def _upright_rgb(image: Image.Image | bytes) -> Image.Image:
     if isinstance(image, bytes):
         return decode_image(image)
     upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("RGB", "CMYK", "YCbCr", "HSV", "LAB"):
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+    elif upright.mode not in ("I", "I;16", "I;16B", "I;16L", "F"):
         return upright.convert("RGB")
-    return decode_image(encode_png(upright))
+    stored = io.BytesIO()
+    upright.save(stored, "TIFF")
+    return decode_image(stored.getvalue())
 
 
 def _read_settings(path: Path) -> EditSettings:

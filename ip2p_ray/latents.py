@@ -162,15 +162,10 @@ class LatentDataset:
             raise DatasetError(f"latents {self._name} hold pair {twice[0]} twice")
         digest = hashlib.blake2b(digest_size=16)
         groups: dict[str, list[int]] = {}
-        for row in sorted(
-            range(len(pair_keys)), key=lambda row: (triplet_keys[row], pair_keys[row])
-        ):
-            identity = (triplet_keys[row], pair_keys[row])
-            if identity == before:
-                raise DatasetError(f"latents {self._name} hold pair {pair_keys[row]} twice")
-            before = identity
-            digest.update("\0".join(identity).encode() + b"\n")
-            groups.setdefault(triplet_keys[row], []).append(row)
+        rows = zip(triplet_keys, pair_keys, range(len(pair_keys)), strict=True)
+        for triplet_key, pair_key, row in sorted(rows):
+            digest.update(f"{triplet_key} {pair_key}\n".encode())
+            groups.setdefault(triplet_key, []).append(row)
         return list(groups), list(groups.values()), digest.hexdigest()
 
 
@@ -226,8 +221,8 @@ def _parquet_batches(shard: Path) -> Iterable[pa.RecordBatch]:
         with pq.ParquetFile(shard) as file:
             _check_schema(shard, file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024, columns=LATENTS.names):
-                yield batch.select(LATENTS.names).cast(LATENTS)
-    except (pa.ArrowInvalid, OSError) as error:
+                yield _conform(batch)
+    except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"latents shard {shard} cannot be read: {error}") from error
 
 
@@ -235,10 +230,16 @@ def _open(path: Path) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+        _check_schema(path, table.schema)
+        return _conform(table)
+    except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"latents shard {path} cannot be read: {error}") from error
-    _check_schema(path, table.schema)
-    return table.select(LATENTS.names).cast(LATENTS)
+
+
+def _conform(data: Any) -> Any:
+    """The table or batch with exactly the columns of LATENTS; nothing is copied where it fits."""
+    chosen = data.select(LATENTS.names)
+    return chosen if chosen.schema.equals(LATENTS) else chosen.cast(LATENTS)
 
 
 def _check_schema(path: Path, schema: pa.Schema) -> None:

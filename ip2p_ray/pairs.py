@@ -28,6 +28,7 @@ from ip2p_ray.prompt_to_prompt.control import (
     PairControl,
     attention_control,
     cross_control,
+    word_maps,
 )
 from ip2p_ray.prompt_to_prompt.processor import controlled_attention
 from ip2p_ray.schema import candidate_seed, candidate_uniforms
@@ -118,52 +119,81 @@ def candidate_requests(
     return requests
 
 
-def generate_candidates(
+def pair_controls(
     model: StableDiffusion, requests: Sequence[CandidateRequest], config: PairConfig
+) -> list[PairControl]:
+    """How each request's edited picture follows its source."""
+    controls = []
+    for request in requests:
+        cross = None
+        if config.cross_replace is not None:
+            cross = _cross(model, request, config.cross_replace)
+        controls.append(PairControl(self_replace=request.self_replace, cross=cross))
+    return controls
+
+
+def generate_candidates(
+    model: StableDiffusion,
+    requests: Sequence[CandidateRequest],
+    config: PairConfig,
+    *,
+    controls: Sequence[PairControl] | None = None,
 ) -> tuple[Pictures, Pictures]:
     """Source and edited pictures of the requests, each uint8 (request, height, width, 3).
 
-    One batch of four rows a request, whatever their captions, seeds and settings.
+    One batch of four rows a request, whatever their captions, seeds and settings. `controls`
+    replaces what `pair_controls` says of them.
     """
     with torch.inference_mode():
-        latents = candidate_latents(model, requests, config)
+        latents = candidate_latents(model, requests, config, controls=controls)
         source, edited = latents.chunk(2)
         return to_uint8(model.decode(source)), to_uint8(model.decode(edited))
 
 
 @torch.inference_mode()
 def candidate_latents(
-    model: StableDiffusion, requests: Sequence[CandidateRequest], config: PairConfig
+    model: StableDiffusion,
+    requests: Sequence[CandidateRequest],
+    config: PairConfig,
+    *,
+    controls: Sequence[PairControl] | None = None,
+    blend_downscale: int = 4,
 ) -> Tensor:
     """Scaled latents (2 x request, channel, height, width): all sources, then all edited.
 
     The two rows of a request share the initial noise, the noise of every step and the guidance
     scale; the edited row takes the source's self-attention, in all layers and with and without
-    text, while `self_replace > step / (steps - 1)`.
+    text, while `self_replace > step / (steps - 1)`. LocalBlend, where `controls` has any, reads
+    the layers that are `blend_downscale` times smaller than the latents.
     Source: InstructPix2Pix section 3.1.2 and METHOD section 2.
     """
     if not requests:
         raise ConfigError("there is no request to generate")
     generators = row_generators([request.seed for request in requests] * 2)
     sigmas = model.schedule.sigmas(config.steps, spacing=config.spacing).to(model.device)
-    shape = (model.latent_channels, *model.latent_size(config.resolution, config.resolution))
-    x = row_noise(generators, shape).to(model.device) * sigmas[0]
+    size = model.latent_size(config.resolution, config.resolution)
+    x = row_noise(generators, (model.latent_channels, *size)).to(model.device) * sigmas[0]
     text = _guidance_text(model, requests)
     scale = torch.tensor([request.guidance_scale for request in requests] * 2, device=x.device)
-    pairs = [_pair_control(model, request, config) for request in requests]
-    controls = (
-        attention_control(pairs, step=step, steps=config.steps, device=model.device)
+    pairs = pair_controls(model, requests, config) if controls is None else controls
+    maps = word_maps(pairs, size, downscale=blend_downscale, device=model.device)
+    at_step = (
+        attention_control(pairs, step=step, steps=config.steps, device=model.device, maps=maps)
         for step in range(config.steps)
     )
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        both = model.denoise(
-            torch.cat([x, x]), torch.cat([sigma, sigma]), text, control=next(controls)
-        )
+        twice = torch.cat([sigma, sigma])
+        both = model.denoise(torch.cat([x, x]), twice, text, control=next(at_step))
         return one_scale(both[: x.shape[0]], both[x.shape[0] :], scale)
 
+    def blended(step: int, x: Tensor) -> Tensor:
+        return x if maps is None else maps.blend(x, step, config.steps)
+
     with controlled_attention(model.unet):
-        return sample(guided, x, sigmas, sampler=config.sampler, generators=generators)
+        return sample(
+            guided, x, sigmas, sampler=config.sampler, generators=generators, after_step=blended
+        )
 
 
 def _guidance_text(model: StableDiffusion, requests: Sequence[CandidateRequest]) -> Tensor:
@@ -174,15 +204,6 @@ def _guidance_text(model: StableDiffusion, requests: Sequence[CandidateRequest])
     distinct = list(dict.fromkeys(wanted))
     rows = [distinct.index(caption) for caption in wanted]
     return model.encode_text(distinct)[rows]
-
-
-def _pair_control(
-    model: StableDiffusion, request: CandidateRequest, config: PairConfig
-) -> PairControl:
-    cross = None
-    if config.cross_replace is not None:
-        cross = _cross(model, request, config.cross_replace)
-    return PairControl(self_replace=request.self_replace, cross=cross)
 
 
 def _cross(model: StableDiffusion, request: CandidateRequest, span: float) -> CrossControl:

@@ -129,7 +129,10 @@ def test_the_four_cosines_are_those_of_their_definition(clip):
         image, edited_image = (
             clip.encode_images(batch[row : row + 1])[0] for batch in (source, edited)
         )
-        text, edited_text = clip.encode_texts([CAPTIONS[row]])[0], clip.encode_texts([EDITED[row]])[0]
+        text, edited_text = (
+            clip.encode_texts([CAPTIONS[row]])[0],
+            clip.encode_texts([EDITED[row]])[0],
+        )
         change, wish = edited_image - image, edited_text - text
         expected = {
             "caption_similarity": image @ text,
@@ -241,6 +244,7 @@ def test_a_config_of_another_model_is_refused_and_the_old_folder_stays(clip, mod
     save_clip(model, config(), tokenizer(), tmp_path / "clip")
     with pytest.raises(ModelError, match="cannot be loaded"):
         save_clip(model, config(layers=2), tokenizer(), tmp_path / "clip")
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
     assert Clip.load(tmp_path / "clip").fingerprint() == clip.fingerprint()
 
 
@@ -286,3 +290,15 @@ def test_a_folder_that_is_not_whole_is_named(model, tmp_path, name, broken):
         path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelError, match=f"CLIP folder {folder}"):
         Clip.load(folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_judges_as_the_cpu_does(clip, folder):
+    on_gpu = Clip.load(folder, "cuda")
+    source, edited = pictures(2, size=40), pictures(3, size=40)
+    expected = clip.similarities(source, edited, CAPTIONS, EDITED)
+    found = on_gpu.similarities(source, edited, CAPTIONS, EDITED)
+    for name in SIMILARITIES:
+        assert torch.allclose(getattr(found, name).cpu(), getattr(expected, name), atol=1e-4)
+    assert on_gpu.fingerprint() == clip.fingerprint()

@@ -71,7 +71,7 @@ def test_only_the_edited_image_keeps_its_spread() -> None:
 def test_what_float16_cannot_hold_is_refused() -> None:
     broken = tiny_stable_diffusion()
     with torch.no_grad():
-        broken.vae.quant_conv.bias.fill_(1e6)
+        dict(broken.vae.named_parameters())["quant_conv.bias"].fill_(1e6)
     with pytest.raises(ModelError, match=r"edited_mean .* not finite in float16"):
         encode_pairs(broken, *PICTURES)
 
@@ -171,6 +171,18 @@ def test_broken_rows_are_found_on_opening(
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"pair_key": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(DatasetError, match=r"a.parquet has no column triplet_key, instruction"):
+        LatentDataset(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_columns_of_another_type_are_refused(tmp_path: Path, suffix: str) -> None:
+    table = pa.Table.from_pylist([{**row, "split": 3.5, "shape": "x"} for row in ROWS])
+    if suffix == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DatasetError, match=f"a.{suffix} cannot be read"):
         LatentDataset(tmp_path)
 
 

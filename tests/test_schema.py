@@ -80,7 +80,10 @@ def test_candidates_draw_in_range_and_again_the_same(key, index, recipe):
 def test_the_seed_and_the_two_uniforms_are_uniform_and_uncorrelated():
     draws = np.array(
         [
-            (schema.candidate_seed("key", i, "r") / 2**63, *schema.candidate_uniforms("key", i, "r"))
+            (
+                schema.candidate_seed("key", i, "r") / 2**63,
+                *schema.candidate_uniforms("key", i, "r"),
+            )
             for i in range(4000)
         ]
     )

@@ -36,13 +36,20 @@ def read_parts(source: str) -> dict[str, Any]:
     Raises: ModelError that names the source and the part which is missing or broken.
     """
     _check_source(source)
-    return {
+    parts: dict[str, Any] = {
         "unet": _read_weights(UNet2DConditionModel, source, "unet"),
         "vae": _read_weights(AutoencoderKL, source, "vae"),
         "text_encoder": _read_weights(CLIPTextModel, source, "text_encoder"),
         "tokenizer": _read_tokenizer(source),
         "scheduler": _read_scheduler(source),
     }
+    known = int(parts["text_encoder"].config.vocab_size)
+    if len(parts["tokenizer"]) > known:
+        raise ModelError(
+            f"tokenizer of model {source} has {len(parts['tokenizer'])} tokens, "
+            f"its text_encoder knows {known}: they do not belong together"
+        )
+    return parts
 
 
 def write_parts(folder: Path, parts: Mapping[str, Any], *, pipeline: str) -> None:
@@ -97,9 +104,13 @@ def _read_weights(kind: Any, source: str, part: str) -> torch.nn.Module:
 
 def _read_tokenizer(source: str) -> Any:
     try:
-        return CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
     except READ_ERRORS as error:
         raise _broken(source, "tokenizer", error) from error
+    # transformers answers a folder without a vocabulary with a tokenizer of its special tokens
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:
+        raise ModelError(f"tokenizer of model {source} has no vocabulary (tokenizer.json)")
+    return tokenizer
 
 
 def _read_scheduler(source: str) -> dict[str, Any]:
@@ -111,10 +122,10 @@ def _read_scheduler(source: str) -> dict[str, Any]:
 
 
 def _broken(source: str, part: str, error: BaseException) -> ModelError:
-    reason = str(error).strip().splitlines()
-    return ModelError(
-        f"{part} of model {source} cannot be read: {reason[0] if reason else repr(error)}"
-    )
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    if not Path(source).exists():
+        source = f"{source} (no folder here, so a hub id)"
+    return ModelError(f"{part} of model {source} cannot be read: {reason}")
 
 
 def _model_index(parts: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
@@ -125,7 +136,10 @@ def _model_index(parts: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", parts["scheduler"]["_class_name"]],
+        "scheduler": [
+            "diffusers",
+            parts["scheduler"].get("_class_name", "EulerAncestralDiscreteScheduler"),
+        ],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

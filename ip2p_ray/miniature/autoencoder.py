@@ -20,7 +20,7 @@ from ip2p_ray.miniature.fit import FitConfig, fit, save_module
 class AutoencoderConfig:
     steps: int = 1_800
     """Steps of the whole autoencoder."""
-    decoder_steps: int = 4_000
+    decoder_steps: int = 2_500
     """Steps of the decoder alone afterwards."""
     batch_size: int = 16
     learning_rate: float = 1e-3

@@ -124,6 +124,7 @@ def _pool(model: StableDiffusion, config: GeneratorConfig, seed: int, path: Path
         mean, std = model.encode_image(pictures(scenes[start : start + 64]))
         parts.append(torch.stack([mean, std], dim=1).half().cpu())
     latents = torch.cat(parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     torch.save(latents, temporary)
     temporary.replace(path)

@@ -1,17 +1,20 @@
 """Training of the miniature's CLIP: an open_clip model, and the text encoder that comes from it.
 
 The text tower learns two things at once: to match pictures (contrastively, with edited scenes as
-hard negatives) and to predict the next word of captions and instructions. The second keeps every
+hard negatives; some captions also say on which side a thing stands, or the image features would
+not tell two layouts apart) and to predict the next word of captions and instructions. The second keeps every
 word's meaning in its own hidden state, which is what a generator's cross-attention reads; the tower
 is then frozen and becomes its CLIPTextModel, as CLIP's is in Stable Diffusion.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -20,20 +23,22 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ip2p_ray.clip import preprocess, save_clip
 from ip2p_ray.miniature import grammar
-from ip2p_ray.miniature.feed import captions, pictures, scene_batch, step_random
+from ip2p_ray.miniature.feed import captions, scene_batch, step_random
 from ip2p_ray.miniature.fit import FitConfig, fit
-from ip2p_ray.miniature.scenes import random_edit
+from ip2p_ray.miniature.scenes import Scene, draw, random_edit
 from ip2p_ray.miniature.vocabulary import TEXT_LENGTH, clip_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    steps: int = 1_200
+    steps: int = 700
     batch_size: int = 128
     """Pictures a step: scenes, and one edit of each as its hard negative."""
     learning_rate: float = 1e-3
     language_weight: float = 0.3
     """Weight of the next-word loss beside the contrastive one."""
+    mirrored: float = 0.25
+    """Share of scenes whose hard negative is their mirror image instead of an edit."""
 
 
 def clip_config(vocabulary: int) -> dict[str, Any]:
@@ -66,17 +71,15 @@ def train(config: JudgeConfig, folder: Path, *, seed: int, device: str) -> dict[
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = step_random("judge", seed, step)
-        scenes = scene_batch(rng, config.batch_size // 2)
-        changes = [random_edit(scene, rng) for scene in scenes]
-        everything = [*scenes, *(change.edited for change in changes)]
-        bytes_ = ((pictures(everything) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-        image = F.normalize(model.visual(preprocess(bytes_.to(device), (64, 64), mean, std)), dim=-1)
-        ids = tokens(captions(everything, rng))
+        examples, wishes = _examples(rng, config)
+        images = torch.from_numpy(np.stack([draw(example.scene) for example in examples]))
+        image = F.normalize(model.visual(preprocess(images.to(device), (64, 64), mean, std)), dim=-1)
+        ids = tokens([example.caption for example in examples])
         hidden, text = _text(model, ids)
-        wishes = tokens([grammar.instruction(c, grammar.random_wording(rng), rng) for c in changes])
-        wish_hidden, _ = _text(model, wishes)
-        contrast, accuracy = _contrast(model.logit_scale, image, text, [s.described for s in everything])
-        language = _next_word(model, hidden, ids) + _next_word(model, wish_hidden, wishes)
+        wish_ids = tokens(wishes)
+        wish_hidden, _ = _text(model, wish_ids)
+        contrast, accuracy = _contrast(model.logit_scale, image, text, _rivals(examples).to(device))
+        language = _next_word(model, hidden, ids) + _next_word(model, wish_hidden, wish_ids)
         figures = {"accuracy": accuracy, "language": float(language.detach()) / 2}
         return contrast + config.language_weight * language, figures
 
@@ -97,17 +100,55 @@ def _text(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, F.normalize(pooled, dim=-1)
 
 
+@dataclass(frozen=True)
+class _Example:
+    scene: Scene
+    caption: str
+    side: str | None
+    """The side that the caption names, if it does."""
+
+
+def _examples(rng: random.Random, config: JudgeConfig) -> tuple[list[_Example], list[str]]:
+    """(scenes and their hard negatives, instructions of the edits among them)."""
+    first, second, wishes = [], [], []
+    for scene in scene_batch(rng, config.batch_size // 2):
+        edit = random_edit(scene, rng)
+        wishes.append(grammar.instruction(edit, grammar.random_wording(rng), rng))
+        if rng.random() < config.mirrored:
+            turned = replace(scene.layout, first_left=not scene.layout.first_left)
+            first.append(_with_side(scene, rng))
+            second.append(_with_side(replace(scene, layout=turned), rng))
+        else:
+            first.append(_Example(scene, captions([scene], rng)[0], None))
+            second.append(_Example(edit.edited, captions([edit.edited], rng)[0], None))
+    return first + second, wishes
+
+
+def _with_side(scene: Scene, rng: random.Random) -> _Example:
+    side = "left" if scene.layout.first_left else "right"
+    text = f"{captions([scene], rng)[0]} with the {scene.things[0].subject} on the {side}"
+    return _Example(scene, text, side)
+
+
+def _rivals(examples: list[_Example]) -> Tensor:
+    """bool (picture, caption): which captions a picture must be told from.
+
+    Not those that describe it as well: the same description, unless both name a side and differ.
+    """
+    names = {name: index for index, name in enumerate(dict.fromkeys(e.scene.described for e in examples))}
+    group = torch.tensor([names[e.scene.described] for e in examples])
+    side = torch.tensor([{None: 0, "left": 1, "right": -1}[e.side] for e in examples])
+    return (group[:, None] != group[None]) | (side[:, None] * side[None] == -1)
+
+
 def _contrast(
-    log_scale: Tensor, image: Tensor, text: Tensor, described: list[Any]
+    log_scale: Tensor, image: Tensor, text: Tensor, rivals: Tensor
 ) -> tuple[Tensor, float]:
-    """Symmetric cross-entropy; scenes that read the same are not held against each other."""
+    """(symmetric cross-entropy against the rivals, share of pictures that find their caption)."""
     logits = log_scale.clamp(max=4.6).exp() * image @ text.T
-    names = {name: index for index, name in enumerate(dict.fromkeys(described))}
-    group = torch.tensor([names[name] for name in described], device=image.device)
-    same = group[:, None] == group[None]
-    same.fill_diagonal_(False)
-    logits = logits.masked_fill(same, -1e4)
-    target = torch.arange(len(described), device=image.device)
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(~(rivals | own), -1e4)
+    target = torch.arange(len(logits), device=image.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     return loss, float((logits.argmax(dim=-1) == target).float().mean())
 

@@ -6,25 +6,29 @@ What is shipped is float16; the scores are those of the float32 models that are 
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
+import open_clip
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from ip2p_ray.clip import Clip
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.sample import text_to_image
 from ip2p_ray.editor import Editor
+from ip2p_ray.filtering import NOT_BEST, Thresholds
 from ip2p_ray.images import to_pil
-from ip2p_ray.miniature import scores
+from ip2p_ray.miniature import calibration, scores
 from ip2p_ray.miniature.editing import EditingConfig
 from ip2p_ray.miniature.weights import EDITOR_DEFAULTS, PAIRS_FILE, THRESHOLDS_FILE
 from ip2p_ray.triplets.local_writer import LocalWriter
-
-import numpy as np
 
 EDITOR_SETTINGS: dict[str, Any] = {
     "steps": 20,
@@ -83,8 +87,8 @@ def ship(folder: Path, config: EditingConfig, *, command: str) -> Path:
         _halve(path)
     records = _records(folder)
     _write(target / THRESHOLDS_FILE, records["pairs"]["thresholds"])
-    pairs = asdict(config.pairs_without_thresholds())
-    pairs.pop("thresholds")
+    pairs = asdict(config.pairs(Thresholds()))
+    del pairs["thresholds"]
     _write(target / PAIRS_FILE, pairs)
     _write(target / "editor" / EDITOR_DEFAULTS, EDITOR_SETTINGS)
     _write(target / "scores.json", records["scores"])
@@ -111,4 +115,70 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _card(records: dict[str, Any], command: str, folder: Path) -> str:
-    return ""
+    """The model card: what it is, how it was made, how well it does."""
+    scores_ = records["scores"]
+    pairs = records["pairs"]
+    funnel = pairs["funnel"]
+    judged = sum(funnel.get(name, 0) for name in (*calibration.NAMES, NOT_BEST, "kept"))
+    megabytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+    versions = ", ".join(
+        f"{module.__name__} {module.__version__}"
+        for module in (torch, diffusers, transformers, open_clip)
+    )
+    steps = "\n".join(
+        f"| {name} | {int(records[name]['steps']):,} | {records[name]['seconds'] / 60:.0f} |"
+        for name in ("autoencoder", "decoder", "judge", "writer", "generator", "editor")
+    )
+    rows = "\n".join(
+        f"| {label} | {_percent(scores_[key]['forced_choice_accuracy'])} "
+        f"| {scores_[key]['preservation_error']:.3f} |"
+        for label, key in (
+            ("editor", "editor"),
+            ("copying the input", "copy_input"),
+            ("generator from the edited caption, no image", "generator_only"),
+        )
+    )
+    by_type = ", ".join(
+        f"{kind} {_percent(share)}" for kind, share in scores_["editor"]["by_type"].items()
+    )
+    failing = ", ".join(f"{_percent(v)} ({k})" for k, v in pairs["mismatched_fail"].items())
+    writer = scores_["writer"]
+    return f"""# The miniature's weights
+
+Four small models of a drawn world (64x64 pictures; 8 subjects, 6 colours, 4 settings, 3 manners):
+a writer (Llama), a judge (open_clip), a generator (Stable Diffusion) and an editor (the same with a
+UNet of twice the input channels). float16, {megabytes:.1f} MB. The editor shares the generator's
+autoencoder, text encoder and tokenizer. No picture or text from outside went into them.
+License: Apache-2.0, as the package.
+
+Made by `{command}` ({platform.machine()} CPU; {versions}).
+
+| training | steps | minutes |
+|---|---|---|
+{steps}
+
+Held-out scenes show combinations of subject, colour and setting that no training picture has.
+
+| score, held-out | measured | goal |
+|---|---|---|
+| judge finds a picture's caption among 64 | {_percent(scores_["judge_accuracy_of_64"])} | 95 % |
+| writer's replies that parse / are true edits | {_percent(writer["parsed"])} / {_percent(writer["true_edits"])} | 95 % |
+| generator's pictures that judge and oracle both read as captioned | {_percent(scores_["generator"]["both"])} | 85 % |
+| candidates kept at the miniature's thresholds | {_percent(funnel.get("kept", 0) / max(judged, 1))} | 15 % |
+| thresholds: drawn true pairs that pass | {_percent(pairs["true_pass"])} | 95 % |
+| thresholds: drawn mismatched pairs that fail | {failing} | 95 % |
+
+| {TASKS} held-out edits | forced-choice accuracy | preservation error |
+|---|---|---|
+{rows}
+| chance | {_percent(scores_["chance"])} | - |
+| goal | 85 % | 0.050 |
+
+The editor by type of edit: {by_type}. The forced choice is among all edits of the scene and the
+unedited scene (17 to 60 pictures); preservation is the mean absolute error on [0, 1] outside the
+region that the edit changes.
+"""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -12,7 +12,10 @@ from ip2p_ray.miniature import grammar
 from ip2p_ray.miniature.scenes import WHOLE_WORLD, random_edit, random_scene
 
 TEXT_LENGTH = 32
-"""Tokens of a caption or instruction, start and end included; the longest sentence has 22."""
+"""Tokens of a caption or instruction, start and end included; the longest sentence has 27."""
+
+LAYOUT_WORDS = ("with", "the", "on", "left", "right")
+"""The judge also learns captions that say where a thing stands."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -26,7 +29,8 @@ def sentences(count: int, seed: int) -> list[tuple[str, str, str]]:
 
 def clip_tokenizer(seed: int = 0) -> CLIPTokenizer:
     """A CLIP tokenizer whose words are single tokens; the end token has the highest id."""
-    words = sorted({w for t in sentences(4_000, seed) for text in t for w in text.split()})
+    found = {w for t in sentences(4_000, seed) for text in t for w in text.split()}
+    words = sorted({*found, *LAYOUT_WORDS})
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     merges: dict[tuple[str, str], None] = {}

@@ -23,7 +23,7 @@ from ip2p_ray.triplets.prompt import completion, completion_prompt
 
 @dataclass(frozen=True, kw_only=True)
 class WriterConfig:
-    steps: int = 3_000
+    steps: int = 2_000
     batch_size: int = 64
     learning_rate: float = 2e-3
 

@@ -108,15 +108,17 @@ class WordMaps:
         """Adds one layer: attention of `values`, (row, head, position, channel)."""
         self.sums += attended[attended.shape[0] // 2 :, :, :, :2].float().mean(1)
 
-    def blend(self, x: Tensor, step: Sequence[int], steps: Sequence[int]) -> Tensor:
+    def blend(self, x: Tensor, step: int | Sequence[int], steps: int | Sequence[int]) -> Tensor:
         """The latents [sources | targets] with each target's unchanged region its source's.
 
+        `step` and `steps` are one number for all pairs or one for each.
         Source: Prompt-to-Prompt's LocalBlend.
         """
         count = len(self.blends)
         sources, targets = x[:count], x[count:].clone()
+        at, of = each(step, count), each(steps, count)
         for pair, blend in enumerate(self.blends):
-            if blend is not None and blend.active(step[pair], steps[pair]):
+            if blend is not None and blend.active(at[pair], of[pair]):
                 mask = self._mask(pair, blend, (x.shape[2], x.shape[3]))
                 targets[pair] = torch.where(mask, targets[pair], sources[pair])
         return torch.cat([sources, targets])
@@ -129,6 +131,11 @@ class WordMaps:
         if blend.less is not None:
             region &= ~_above(maps[:, 1:], blend.less_threshold, size)
         return region
+
+
+def each(value: int | Sequence[int], count: int) -> Sequence[int]:
+    """One number for each of `count` pairs."""
+    return [value] * count if isinstance(value, int) else value
 
 
 def _above(maps: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:

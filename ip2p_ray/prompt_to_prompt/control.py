@@ -28,7 +28,7 @@ from ip2p_ray.prompt_to_prompt.alignment import (
     replacement,
     word_positions,
 )
-from ip2p_ray.prompt_to_prompt.blend import LocalBlend, WordMaps
+from ip2p_ray.prompt_to_prompt.blend import LocalBlend, WordMaps, each
 
 Span = float | tuple[float, float]
 """A part of the steps: (0.2, 0.8), or 0.8 for (0, 0.8)."""
@@ -144,7 +144,7 @@ def attention_control(
     step: int | Sequence[int],
     steps: int | Sequence[int],
     device: str | torch.device = "cpu",
-    word_maps: WordMaps | None = None,
+    maps: WordMaps | None = None,
     self_tokens: int | None = None,
     both_halves: bool = True,
 ) -> AttentionControl | None:
@@ -155,14 +155,28 @@ def attention_control(
     `both_halves=False` to the rows with text, as Prompt-to-Prompt's own code does; the defaults
     are InstructPix2Pix's.
     """
-    at = _each(step, len(pairs))
-    of = _each(steps, len(pairs))
+    at = each(step, len(pairs))
+    of = each(steps, len(pairs))
     self_source = _self_source(pairs, at, of, both_halves)
     cross = _cross_rows(pairs, at, of, torch.device(device))
-    if self_source is None and cross is None and word_maps is None:
+    if self_source is None and cross is None and maps is None:
         return None
     moved = None if self_source is None else self_source.to(device)
-    return AttentionControl(moved, cross, word_maps, self_tokens)
+    return AttentionControl(moved, cross, maps, self_tokens)
+
+
+def word_maps(
+    pairs: Sequence[PairControl],
+    latent_size: tuple[int, int],
+    *,
+    downscale: int = 4,
+    device: str | torch.device = "cpu",
+) -> WordMaps | None:
+    """Empty maps for one run of P pairs, None where no pair has a blend."""
+    blends = [pair.blend for pair in pairs]
+    if all(blend is None for blend in blends):
+        return None
+    return WordMaps(blends, latent_size, downscale=downscale, device=device)
 
 
 def _self_source(
@@ -227,7 +241,3 @@ def _bounds(span: Span) -> tuple[float, float]:
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"a span must be 0 <= from <= to <= 1, got {span}")
     return low, high
-
-
-def _each(value: int | Sequence[int], count: int) -> Sequence[int]:
-    return [value] * count if isinstance(value, int) else value

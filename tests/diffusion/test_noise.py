@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 
-from ip2p_ray.diffusion.noise import NoiseSchedule, row_generators, row_noise
+from ip2p_ray.diffusion.noise import NoiseSchedule, Spacing, row_generators, row_noise
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.testing import tiny_scheduler_config
 
 # diffusers' schedulers turn tensors into arrays in a way that numpy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
+Scheduler: Any = EulerAncestralDiscreteScheduler
 SD15 = tiny_scheduler_config()
 ZERO_SNR = {**SD15, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 
@@ -30,8 +32,10 @@ def test_reference_sigmas_of_stable_diffusion() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 7, 25, 100])
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 @pytest.mark.parametrize("config", [SD15, ZERO_SNR], ids=["sd15", "zero_snr"])
-def test_sigmas_agree_with_diffusers(steps: int, spacing: str, config: dict[str, object]) -> None:
-    scheduler = EulerAncestralDiscreteScheduler.from_config(config, timestep_spacing=spacing)
+def test_sigmas_agree_with_diffusers(
+    steps: int, spacing: Spacing, config: dict[str, object]
+) -> None:
+    scheduler = Scheduler.from_config(config, timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
     schedule = NoiseSchedule.from_config(config)
     ours = schedule.sigmas(steps, spacing=spacing)
@@ -53,7 +57,7 @@ def test_sigmas_agree_with_diffusers(steps: int, spacing: str, config: dict[str,
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_alphas_agree_with_diffusers(name: str) -> None:
     config = {"beta_schedule": name, "num_train_timesteps": 200}
-    theirs = EulerAncestralDiscreteScheduler.from_config(config).alphas_cumprod
+    theirs = Scheduler.from_config(config).alphas_cumprod
     ours = NoiseSchedule.from_config(config).alphas_cumprod
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-9)
 

@@ -193,9 +193,8 @@ def test_pictures_are_those_of_the_diffusers_pipeline(
     model: StableDiffusion, tmp_path: Path
 ) -> None:
     model.save(tmp_path / "model")
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(
-        tmp_path / "model", safety_checker=None
-    )
+    kind: Any = StableDiffusionPipeline
+    pipeline = kind.from_pretrained(tmp_path / "model", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         CAPTIONS,
@@ -206,9 +205,7 @@ def test_pictures_are_those_of_the_diffusers_pipeline(
         generator=row_generators([5, 6]),
         output_type="np",
     ).images
-    ours = text_to_image(
-        model, CAPTIONS, [5, 6], height=16, width=24, steps=12, guidance_scale=5.0
-    )
+    ours = text_to_image(model, CAPTIONS, [5, 6], height=16, width=24, steps=12, guidance_scale=5.0)
     assert ours.shape == (2, 16, 24, 3)
     assert ours.dtype == np.uint8
     # the schedules interpolate differently between timesteps, by 9e-5

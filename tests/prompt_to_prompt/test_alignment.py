@@ -82,7 +82,9 @@ def test_replacement_refuses_other_numbers_of_words() -> None:
 
 
 def test_refinement_of_a_longer_caption() -> None:
-    mapping, share = refinement(caption("a cat on the mat"), caption("a red cat on the mat, sketch"))
+    mapping, share = refinement(
+        caption("a cat on the mat"), caption("a red cat on the mat, sketch")
+    )
     pairs = [tuple(pair) for pair in mapping.nonzero().tolist()]
     assert pairs[:6] == [(0, 0), (1, 1), (2, 3), (3, 4), (4, 5), (5, 6)]
     assert share[:10].tolist() == [1, 1, 0, 1, 1, 1, 1, 0, 0, 1]  # red; comma, sketch; end
@@ -93,7 +95,7 @@ def test_refinement_of_a_shorter_caption_reads_no_word_from_padding() -> None:
     source, target = caption("a photo of a red cat on the mat"), caption("a cat")
     mapping, share = refinement(source, target)
     assert share.tolist() == [1] * 20
-    assert mapping[5, 1] == mapping[6, 2] == 0 or mapping[1, 1] == 1
+    assert mapping[4, 1] == mapping[6, 2] == 1  # the cat, and the article before it
     assert mapping[:, 3].nonzero().flatten().tolist() == [source.stop]
     for place in range(target.stop, 20):
         (read,) = mapping[:, place].nonzero().flatten().tolist()
@@ -101,7 +103,8 @@ def test_refinement_of_a_shorter_caption_reads_no_word_from_padding() -> None:
 
 
 def test_refinement_aligns_a_noun_with_its_own_article() -> None:
-    matches = common_words("a cat on a mat".split(), "a dog and a cat on a mat".split())
+    source, target = caption("a cat on a mat"), caption("a dog and a cat on a mat")
+    matches = common_words(source.words, target.words)
     assert matches == [(0, 3), (1, 4), (2, 5), (3, 6), (4, 7)]
 
 
@@ -152,7 +155,7 @@ def test_refinement_reads_one_token_of_the_same_kind(source: str, target: str, l
     before, after = caption(source, length), caption(target, length)
     mapping, share = refinement(before, after)
     assert torch.equal(mapping.sum(0), share)
-    assert set(share.unique().tolist()) <= {0.0, 1.0}
+    assert set(share.tolist()) <= {0.0, 1.0}
     assert share[: after.start].min() == 1
     kinds = [kind_of(before, place) for place in range(length)]
     for place, place_after in mapping.nonzero().tolist():
@@ -163,9 +166,8 @@ def test_refinement_reads_one_token_of_the_same_kind(source: str, target: str, l
 @settings(deadline=None, max_examples=100)
 @given(pairs=st.lists(st.tuples(*[st.sampled_from([*WORDS, "chinchilla", "zebra"])] * 2)))
 def test_replacement_loses_no_attention(pairs: list[tuple[str, str]]) -> None:
-    source, target = (caption(" ".join(words), 70) for words in zip(*pairs, strict=True)) if (
-        pairs
-    ) else (caption("", 70), caption("", 70))
+    source = caption(" ".join(before for before, _ in pairs), 70)
+    target = caption(" ".join(after for _, after in pairs), 70)
     if max(source.stop, target.stop) >= 69:
         return
     mapping = replacement(source, target)

@@ -14,7 +14,7 @@ def test_one_draw_decides_both() -> None:
 
 
 def test_frequencies_over_an_epoch() -> None:
-    count = 40_000
+    count = 10_000
     draws = [draw(1, Visit(0, 0), f"key {i}", (1, 1, 1)).dropout for i in range(count)]
     text, image = dropout_masks(torch.tensor(draws, dtype=torch.float64))
     shares = [text & ~image, text & image, ~text & image, ~text & ~image]

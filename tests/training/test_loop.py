@@ -55,11 +55,11 @@ def test_metrics(dataset: LatentDataset) -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_learns_to_denoise(dataset: LatentDataset, prediction_type: str) -> None:
-    config = dataclasses.replace(CONFIG, steps=40, batch_size=8, learning_rate=3e-3)
+    config = dataclasses.replace(CONFIG, steps=24, batch_size=8, learning_rate=5e-3)
     metrics, state = run(dataset, config, tiny_stable_diffusion(prediction_type=prediction_type))
-    first, last = losses(metrics[:8]), losses(metrics[-8:])
-    assert sum(last) < 0.85 * sum(first)
-    assert state.unet.conv_in.weight[:, 4:].any()  # type: ignore[index, union-attr]
+    first, last = losses(metrics[:6]), losses(metrics[-6:])
+    assert sum(last) < 0.9 * sum(first)
+    assert dict(state.unet.named_parameters())["conv_in.weight"][:, 4:].any()
 
 
 def test_same_seed_same_run(dataset: LatentDataset) -> None:
@@ -119,7 +119,7 @@ def found_gradients(unet: nn.Module) -> dict[str, torch.Tensor]:
             assert tensor.grad is not None
             gradients[name] = tensor.grad.clone()
 
-        parameter.register_post_accumulate_grad_hook(keep)
+        parameter.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
     return gradients
 
 
@@ -141,8 +141,7 @@ def test_channels_last_is_the_same_run(dataset: LatentDataset) -> None:
     plain, _ = run(dataset)
     other, state = run(dataset, dataclasses.replace(CONFIG, channels_last=True))
     assert losses(other) == pytest.approx(losses(plain), rel=1e-3)
-    weight = state.unet.conv_in.weight
-    assert isinstance(weight, nn.Parameter)
+    weight = dict(state.unet.named_parameters())["conv_in.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -156,7 +155,7 @@ def test_bf16_keeps_float32_weights(dataset: LatentDataset) -> None:
 
 def test_half_precision_weights_become_float32_masters() -> None:
     model = tiny_stable_diffusion()
-    model.unet.to(torch.bfloat16)
+    nn.Module.to(model.unet, torch.bfloat16)
     state = start(model, CONFIG)
     assert {p.dtype for p in state.unet.parameters()} == {torch.float32}
     assert state.unet is model.unet
@@ -217,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(dataset: LatentDataset)
     loop = train(model, dataset, CONFIG, state=state)
     next(loop)
     with torch.no_grad():
-        model.unet.conv_out.bias.fill_(float("inf"))
+        dict(model.unet.named_parameters())["conv_out.bias"].fill_(float("inf"))
     with pytest.raises(Ip2pError, match="loss is inf at step 2"):
         next(loop)
     assert state.step == 1
@@ -227,9 +226,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(dataset: LatentDataset)
 def test_another_run_is_not_resumed(dataset: LatentDataset) -> None:
     state = run(dataset)[1]
     saved = (state.tensors(), state.facts())
-    for change in ({"seed": 8}, {"batch_size": 5}):
-        other = start(tiny_stable_diffusion(), dataclasses.replace(CONFIG, **change))
-        with pytest.raises(ConfigError, match=f"{next(iter(change))} it began with"):
+    changes = {"seed": {"seed": 8}, "batch_size": {"batch_size": 5}}
+    for name, change in changes.items():
+        other = start(tiny_stable_diffusion(), dataclasses.replace(CONFIG, **change))  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"{name} it began with"):
             other.restore(*saved)
     other = start(tiny_stable_diffusion(), CONFIG)
     facts = {**saved[1], "run": {**saved[1]["run"], "dataset": "another"}}

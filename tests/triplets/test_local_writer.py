@@ -122,9 +122,10 @@ def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature):
 
 def test_a_finished_reply_ends_with_the_stop_and_writing_ends_there():
     model = Scripted("blue\n%%\na boat\nEND and so on")
-    assert LocalWriter(model, tokenizer(), "cpu").write(["a", "b"], seed=0) == [
-        "blue\n%%\na boat" + STOP
-    ] * 2
+    assert (
+        LocalWriter(model, tokenizer(), "cpu").write(["a", "b"], seed=0)
+        == ["blue\n%%\na boat" + STOP] * 2
+    )
     assert model.calls == len("blue\n%%\na boat\nEND")
 
 
@@ -201,3 +202,10 @@ def test_lacking_weights_are_noticed_and_not_made_up(folder):
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lacks weights"):
         LocalWriter.load(folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_writes_what_the_cpu_does(folder, writer):
+    on_gpu = LocalWriter.load(folder, "cuda").write(CAPTIONS, seed=3, max_tokens=16)
+    assert on_gpu == writer.write(CAPTIONS, seed=3, max_tokens=16)

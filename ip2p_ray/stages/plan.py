@@ -1,0 +1,176 @@
+"""Plans of Ray Data that can be killed and continued: shards in, actors between, shards out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from ray.data.checkpoint import CheckpointConfig
+
+from ip2p_ray import storage
+from ip2p_ray.errors import StageError
+from ip2p_ray.stages import run
+from ip2p_ray.stages.progress import Progress, shown
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 16 << 20
+TASK_CPUS = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A map callable of a plan: a class whose objects take and yield tables."""
+
+    callable: type
+    arguments: Mapping[str, Any]
+    """Of its constructor."""
+    resources: run.Resources
+
+
+def shards(uri: str, prefix: str = "") -> list[str]:
+    """The shards of a whole dataset whose names begin with `prefix`.
+
+    Raises:
+        DatasetError: the dataset is not whole.
+    """
+    storage.require_manifest(uri)
+    return [shard for shard in storage.list_shards(uri) if Path(shard).name.startswith(prefix)]
+
+
+def stream(
+    sources: Sequence[str],
+    uri: str,
+    *,
+    key: str,
+    schema: pa.Schema,
+    steps: Sequence[Step],
+    unit: str,
+    rows_per_block: int,
+) -> None:
+    """The rows of the shards `sources`, sent through the steps, as shards of the dataset at `uri`.
+
+    One row in, one row out, identified by its column `key`. A killed plan goes on where it
+    stopped: at most the blocks that were being worked on are made again, and no row is lost or
+    written twice. The dataset is not whole before `make` writes its manifest.
+    """
+    rows = count_rows(sources)
+    name = Path(uri).name
+    if not rows:
+        return
+    resume = run.resume_folder(uri)
+    resume.mkdir(parents=True, exist_ok=True)
+    blocks = -(-rows // rows_per_block)
+    tally = Tally.remote()  # type: ignore[attr-defined]
+    already = count_rows(filter(_is_committed, resume.glob("*.parquet")))
+    progress = Progress(name, total=rows, unit=unit, done=already)
+    with (
+        ray.data.DataContext.current(_context(key, resume)),
+        shown(progress, lambda: already + int(ray.get(tally.total.remote()))),
+    ):
+        data = ray.data.read_parquet(
+            list(sources), override_num_blocks=blocks, ray_remote_args={"num_cpus": TASK_CPUS}
+        )
+        for step in steps:
+            data = _mapped(data, step, blocks)
+        data = data.map_batches(
+            _count,
+            batch_format="pyarrow",
+            fn_kwargs={"tally": tally},
+            num_cpus=TASK_CPUS,
+            udf_modifying_row_count=False,
+        )
+        data.write_parquet(
+            str(storage.local_path(uri)), schema=schema, ray_remote_args={"num_cpus": TASK_CPUS}
+        )
+    ray.kill(tally)
+    _remove_duplicates(uri, key, rows)
+
+
+def _mapped(data: Any, step: Step, blocks: int) -> Any:
+    resources = step.resources
+    options = {"num_gpus": resources.gpus} if resources.gpus else {}
+    return data.map_batches(
+        step.callable,
+        fn_constructor_kwargs=dict(step.arguments),
+        batch_size=resources.batch_size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(resources.actors, blocks)),
+        num_cpus=resources.cpus,
+        udf_modifying_row_count=False,
+        **options,
+    )
+
+
+def _context(key: str, resume: Path) -> Any:
+    """Settings of a resumable plan; each was found to matter (RAY.md 1.3 to 1.5)."""
+    context = ray.data.DataContext.get_current().copy()
+    context.use_datasource_v2 = False  # it packs small inputs into one block
+    context.target_max_block_size = BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    checkpoint = CheckpointConfig(
+        id_column=key, checkpoint_path=str(resume), delete_checkpoint_on_success=False
+    )
+    checkpoint.checkpoint_actor_pool_max_size = 1
+    checkpoint.checkpoint_actor_memory_bytes = 64 << 20
+    context.checkpoint_config = checkpoint
+    return context
+
+
+@ray.remote(num_cpus=0)
+class Tally:
+    """Counts what processes tell it, for the one that shows it."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, count: int) -> None:
+        """So many more."""
+        self._total += count
+
+    def total(self) -> int:
+        """All so far."""
+        return self._total
+
+
+def _count(table: pa.Table, tally: Any) -> pa.Table:
+    tally.add.remote(table.num_rows)
+    return table
+
+
+def _is_committed(path: Path) -> bool:
+    return not path.name.endswith(".pending.parquet")
+
+
+def count_rows(shards: Iterable[str | Path]) -> int:
+    """The rows of Parquet files, from their footers."""
+    return sum(int(pq.read_metadata(shard).num_rows) for shard in shards)
+
+
+def _remove_duplicates(uri: str, key: str, rows: int) -> None:
+    """Each key once.
+
+    Raises:
+        StageError: keys are missing.
+    """
+    seen: set[str] = set()
+    for shard in storage.list_shards(uri):
+        keys = pq.read_table(shard, columns=[key])[key].to_pylist()
+        fresh = [value not in seen for value in keys]
+        if not all(fresh):
+            logger.warning("%s: %d rows were there already", shard, len(fresh) - sum(fresh))
+            storage.write_shard(uri, Path(shard).stem, pq.read_table(shard).filter(fresh))
+        seen.update(keys)
+    if len(seen) != rows:
+        raise StageError(
+            f"{uri}: {len(seen)} of {rows} rows arrived; run the same command again, and delete "
+            "the folder if that does not help"
+        )

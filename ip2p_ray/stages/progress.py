@@ -1,0 +1,86 @@
+"""How far a stage is: one line that is rewritten on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ip2p_ray.report import duration
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 15.0
+"""Seconds between two lines where the output is no terminal."""
+_POLL_S = 1.0
+
+
+class Progress:
+    """Counts of one stage, and what they say of the time that is left."""
+
+    def __init__(self, stage: str, *, total: int, unit: str, done: int = 0) -> None:
+        self.stage, self.total, self.unit = stage, total, unit
+        self.done = self._already = done
+        self._began = time.monotonic()
+        self._first: tuple[float, int] | None = None
+
+    def update(self, done: int) -> None:
+        """`done` of the total are finished, those of earlier runs included."""
+        if done > self.done and self._first is None:
+            self._first = time.monotonic(), done
+        self.done = min(max(self.done, done), self.total)
+
+    def line(self) -> str:
+        """For example "pairs: 32 of 96 triplets, 1.2 min so far, about 2.4 min left"."""
+        now = time.monotonic()
+        text = f"{self.stage}: {self.done:,} of {self.total:,} {self.unit}"
+        text += f", {duration(now - self._began)} so far"
+        left = self._left(now)
+        return f"{text}, about {duration(left)} left" if left is not None else text
+
+    def _left(self, now: float) -> float | None:
+        """Seconds; None before anything was done.
+
+        The rate is that since the first count, which does not contain the start of the actors.
+        """
+        if self._first is None or self.done >= self.total:
+            return None
+        began, done = self._first
+        if self.done == done:
+            began, done = self._began, self._already
+        return (now - began) / (self.done - done) * (self.total - self.done)
+
+
+@contextmanager
+def shown(progress: Progress, poll: Callable[[], int]) -> Iterator[None]:
+    """While the block runs, `poll` is asked every second how much is done, and it is shown."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_show, args=(progress, poll, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10.0)
+
+
+def _show(progress: Progress, poll: Callable[[], int], stop: threading.Event) -> None:
+    terminal = sys.stderr.isatty()
+    shown_at = time.monotonic()
+    while not stop.wait(_POLL_S):
+        progress.update(poll())
+        if terminal:
+            _rewrite(progress.line())
+        elif time.monotonic() - shown_at >= HEARTBEAT_S:
+            shown_at = time.monotonic()
+            logger.info("%s", progress.line())
+    if terminal:
+        _rewrite("")
+
+
+def _rewrite(line: str) -> None:
+    sys.stderr.write(f"\r\x1b[K{line}")
+    sys.stderr.flush()

@@ -1,0 +1,203 @@
+"""What all stages share: a Ray, datasets that are made once, errors that keep their sentence."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+import ip2p_ray
+from ip2p_ray import storage
+from ip2p_ray.errors import ConfigError, DatasetError, Ip2pError, StageError
+from ip2p_ray.report import Report
+from ip2p_ray.schema import recipe
+
+logger = logging.getLogger(__name__)
+
+ORIGIN = "_origin.json"
+RESUME = ".resume"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What the actors of one step hold; it never changes what they make."""
+
+    actors: int = 1
+    """Processes, at least 1."""
+    cpus: float = 0.5
+    """Logical CPUs of each actor; Ray counts them, threads are bounded by OMP_NUM_THREADS."""
+    gpus: float = 0.0
+    """GPUs of each actor."""
+    batch_size: int = 8
+    """Rows that an actor takes at a time."""
+
+    def __post_init__(self) -> None:
+        if self.actors < 1 or self.batch_size < 1:
+            raise ConfigError(
+                "actors and batch_size are at least 1, "
+                f"got {self.actors} and {self.batch_size}"
+            )
+        if self.cpus < 0 or self.gpus < 0:
+            raise ConfigError(f"cpus and gpus are not negative, got {self.cpus} and {self.gpus}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a dataset is made from; equal origins make equal rows."""
+
+    dataset: str
+    """Its name in the flow."""
+    config: Mapping[str, Any]
+    """The algorithm's settings, as JSON can express them."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprint of each model, by role."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the origin of each dataset that is read, by name."""
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of all fields."""
+        return recipe(self)
+
+
+@contextmanager
+def local_ray(*, workers: int) -> Iterator[None]:
+    """A Ray for the block: that of RAY_ADDRESS, else a small one of this machine, not reachable
+    from others.
+
+    `workers` processes compute at the same time and share the machine's cores.
+    """
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        _make_importable()
+        ray.init(
+            address="local",
+            # Actors and tasks hold fractions of these; below 4 a plan's tasks may find none left.
+            num_cpus=max(4, workers + 2),
+            include_dashboard=False,
+            object_store_memory=256 << 20,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    for name in ("ray.data", "ray.train", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, for this process alone while the block runs.
+
+    Raises:
+        StageError: another process works there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StageError(
+                f"another run is working in {folder}; wait for it or give another folder"
+            ) from error
+        yield
+
+
+def make(uri: str, origin: Origin, build: Callable[[], Sequence[Report]]) -> storage.Manifest:
+    """The manifest of the dataset at `uri`, made by `build` unless it lies there whole.
+
+    Raises:
+        DatasetError: something made from another origin lies there.
+    """
+    _check_origin(uri, origin)
+    if (storage.local_path(uri) / storage.MANIFEST).exists():
+        manifest = storage.require_manifest(uri)
+        assert manifest is not None
+        logger.info("%s: there already, %s rows", origin.dataset, f"{manifest.rows:,}")
+        return manifest
+    if not (storage.local_path(uri) / ORIGIN).exists():
+        # The dataset was deleted, and with it what these notes say was written.
+        shutil.rmtree(resume_folder(uri), ignore_errors=True)
+    content = {**vars(origin), "digest": origin.digest}
+    storage.write_bytes(storage.join(uri, ORIGIN), json.dumps(content, indent=2).encode())
+    began = time.monotonic()
+    reports = build()
+    manifest = storage.write_manifest(
+        uri,
+        storage.Manifest(
+            dataset=origin.dataset,
+            config=origin.config,
+            recipe=origin.digest,
+            models=origin.models,
+            reports=[report.as_dict() for report in reports],
+            wall_seconds=round(time.monotonic() - began, 3),
+        ),
+    )
+    shutil.rmtree(resume_folder(uri), ignore_errors=True)
+    for report in reports:
+        logger.info("%s", report.line())
+    return manifest
+
+
+def _check_origin(uri: str, origin: Origin) -> None:
+    path = storage.local_path(uri) / ORIGIN
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}; delete {path.parent}") from error
+    if found.get("digest") == origin.digest:
+        return
+    changes = [
+        f"{name} {found.get(part, {}).get(name)!r} there, {value!r} now"
+        for part in ("config", "models", "sources")
+        for name, value in json.loads(json.dumps(dict(getattr(origin, part)))).items()
+        if found.get(part, {}).get(name) != value
+    ]
+    raise DatasetError(
+        f"{path.parent} was made differently ({'; '.join(changes) or 'by other code'}): give "
+        f"another --out, the settings it was made with, or delete it to have it made again"
+    )
+
+
+def resume_folder(uri: str) -> Path:
+    """Where Ray Data notes which rows are written; beside the dataset, whose files it may delete
+    after a kill by the names of their notes."""
+    path = storage.local_path(uri).absolute()
+    return path.parent / RESUME / path.name
+
+
+def own_error(error: BaseException | None) -> Ip2pError | None:
+    """The error of this package that caused one of Ray's, in the process where it was raised."""
+    while error is not None:
+        cause = getattr(error, "cause", None) or error.__cause__
+        failures = getattr(error, "worker_failures", None)
+        if isinstance(failures, Mapping):
+            cause = next(iter(failures.values()), cause)
+        if isinstance(error, Ip2pError) and not isinstance(error, ray.exceptions.RayTaskError):
+            return error
+        error = cause
+    return None
+
+
+def _make_importable() -> None:
+    """Lets the processes of a local Ray import this package where it is not installed."""
+    root = str(Path(ip2p_ray.__file__).resolve().parent.parent)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{before}" if before else root

@@ -1,0 +1,183 @@
+"""latents -> checkpoints -> editor: the training loop in Ray Train's workers.
+
+Checkpoints are this package's own (`checkpoint`): a run that was killed, or that lost a worker,
+goes on at the newest whole one, whatever Ray had heard of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
+
+from ip2p_ray import storage
+from ip2p_ray.checkpoint import (
+    export_editor,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from ip2p_ray.diffusion.model import StableDiffusion
+from ip2p_ray.editor import EditSettings
+from ip2p_ray.latents import LatentDataset
+from ip2p_ray.report import Report
+from ip2p_ray.stages import plan, run
+from ip2p_ray.stages.progress import Progress, shown
+from ip2p_ray.training.loop import Metrics, TrainConfig, start, train
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """What every worker is told."""
+
+    config: TrainConfig
+    generator: str
+    """Where training starts."""
+    latents: str
+    checkpoints: str
+    """Folder of the checkpoints and of METRICS, absolute: workers run in folders of their own."""
+    editor: str
+    """Folder that the finished editor is exported to."""
+    editing: EditSettings
+    report_every: int
+    """Optimizer steps between two reports, each with a checkpoint."""
+
+
+def train_editor(
+    latents: str,
+    folder: str,
+    config: TrainConfig,
+    *,
+    generator: str,
+    editing: EditSettings,
+    models: Mapping[str, str],
+    resources: run.Resources,
+) -> storage.Manifest:
+    """The folders `<folder>/checkpoints` and `<folder>/editor`, a diffusers folder.
+
+    `resources.actors` workers train with DistributedDataParallel; batch_size is not used.
+    """
+    root = storage.local_path(folder).absolute()
+    checkpoints = root / "checkpoints"
+    told = TrainingRun(
+        config=config,
+        generator=generator,
+        latents=str(storage.local_path(latents).absolute()),
+        checkpoints=str(checkpoints),
+        editor=str(root / "editor"),
+        editing=editing,
+        report_every=max(1, config.steps // 8),
+    )
+    origin = run.Origin(
+        dataset="checkpoints",
+        config={**asdict(config), "editing": asdict(editing)},
+        models={"generator": models["generator"]},
+        sources={"latents": storage.read_manifest(latents).recipe},
+    )
+    return run.make(str(checkpoints), origin, lambda: _fit(told, resources))
+
+
+def read_metrics(checkpoints: str | Path) -> list[dict[str, Any]]:
+    """What the run measured, a dictionary of `training.loop.Metrics` each some steps."""
+    path = Path(checkpoints) / METRICS
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _fit(told: TrainingRun, resources: run.Resources) -> list[Report]:
+    tally = plan.Tally.remote()  # type: ignore[attr-defined]
+    found = latest_checkpoint(told.checkpoints)
+    already = int(found.name.removeprefix("step-")) if found else 0
+    progress = Progress("training", total=told.config.steps, unit="steps", done=already)
+    scratch = Path(told.checkpoints) / ".ray"
+    worker = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
+    trainer = TorchTrainer(
+        train_on_worker,
+        train_loop_config={"told": told, "tally": tally},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.actors,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker=worker,
+        ),
+        run_config=ray.train.RunConfig(
+            name="editor",
+            storage_path=str(scratch),
+            failure_config=ray.train.FailureConfig(max_failures=2),
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+    )
+    # What Ray Train keeps of earlier attempts would only make it return their old metrics.
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        with shown(progress, lambda: already + int(ray.get(tally.total.remote()))):
+            trainer.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    ray.kill(tally)
+    return []
+
+
+def train_on_worker(arguments: Mapping[str, Any]) -> None:
+    """What each worker of the trainer runs; rank 0 saves, and exports the editor at the end."""
+    told: TrainingRun = arguments["told"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    model = StableDiffusion.load(told.generator, device=get_device())
+    dataset = LatentDataset(told.latents)
+    state = start(model, told.config)
+    found = latest_checkpoint(told.checkpoints)
+    if found is not None:
+        load_checkpoint(found, state)
+    if rank == 0:
+        _forget_after(told.checkpoints, state.step)
+    steps = train(
+        model,
+        dataset,
+        told.config,
+        rank=rank,
+        world_size=world_size,
+        wrap=_parallel if world_size > 1 else None,
+        state=state,
+    )
+    for metrics in steps:
+        if rank == 0:
+            arguments["tally"].add.remote(1)
+        if metrics.step % told.report_every == 0 or metrics.step == told.config.steps:
+            if rank == 0:
+                save_checkpoint(told.checkpoints, state)
+                _note(told.checkpoints, metrics)
+            ray.train.report(asdict(metrics))
+    if rank == 0:
+        export_editor(model, state.ema, told.editor, asdict(told.editing))
+    if world_size > 1:
+        torch.distributed.barrier()
+
+
+def _parallel(unet: torch.nn.Module) -> torch.nn.Module:
+    wrapped: torch.nn.Module = prepare_model(unet, move_to_device=False)
+    return wrapped
+
+
+def _note(checkpoints: str, metrics: Metrics) -> None:
+    with (Path(checkpoints) / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(metrics)) + "\n")
+
+
+def _forget_after(checkpoints: str, step: int) -> None:
+    """Drops the notes of steps that are taken again, and a line that was cut by a kill."""
+    path = Path(checkpoints) / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    storage.write_bytes(str(path), "".join(kept).encode())
