@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -9,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_args
 
@@ -263,8 +265,8 @@ class Editor:
         null = text[:1].expand(rows, -1, -1)
         text = torch.cat([null, null, text[1:]])
         condition = torch.cat([torch.zeros_like(image_latents), image_latents, image_latents])
-        text_scale = torch.tensor([request.text_guidance_scale for request in requests])
-        image_scale = torch.tensor([request.image_guidance_scale for request in requests])
+        text_scale = torch.tensor([float(request.text_guidance_scale) for request in requests])
+        image_scale = torch.tensor([float(request.image_guidance_scale) for request in requests])
         amount = torch.full((rows,), settings.guidance_rescale)
 
         def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -303,7 +305,7 @@ def _requests(columns: Mapping[str, Any], settings: EditSettings) -> list[EditRe
     }
     filled = {}
     for name, values in columns.items():
-        if values is None or isinstance(values, int | float | str):
+        if values is None or isinstance(values, Real | str):
             filled[name] = [defaults.get(name) if values is None else values] * count
         elif len(values) != count:
             raise ConfigError(f"{count} images but {len(values)} values of {name}")
@@ -352,10 +354,14 @@ def _read_settings(path: Path) -> EditSettings:
 
 
 def _check_integer(name: str, value: object, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise ConfigError(f"{name} is a whole number of at least {least}, got {value!r}")
 
 
 def _check_scale(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    number = math.nan
+    if not isinstance(value, bool) and isinstance(value, Real):
+        with contextlib.suppress(OverflowError):  # a whole number that no float can hold
+            number = float(value)
+    if not math.isfinite(number):
         raise ConfigError(f"{name} is a finite number, got {value!r}")

@@ -32,6 +32,8 @@ class Preset:
     """Folder or hub id of the Stable Diffusion that makes pairs and that the editor starts from."""
     judge: str
     """Folder or open_clip name of the CLIP that judges them."""
+    shipped: str | None
+    """Folder of the weights whose ready editor is compared with; None where there is none."""
     pairs: PairConfig
     training: TrainConfig
     editing: EditSettings
@@ -45,6 +47,7 @@ def paper() -> Preset:
         writer=None,
         generator=STABLE_DIFFUSION,
         judge=CLIP,
+        shipped=None,
         pairs=PairConfig(),
         training=TrainConfig(steps=10_000, bf16=True, gradient_checkpointing=True),
         editing=EditSettings(),
@@ -79,6 +82,7 @@ def miniature(folder: Path = weights.WEIGHTS) -> Preset:
         writer=str(folder / "writer"),
         generator=str(folder / "generator"),
         judge=str(folder / "judge"),
+        shipped=str(folder),
         pairs=weights.pair_config(folder),
         training=TrainConfig(
             steps=400,

@@ -17,7 +17,7 @@ LINES = (
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
     {"pairs", "filtering", "latents", "training", "checkpoint"},
     # presets gathers the configs of the lines above; nothing above reads it
-    {"editor", "evaluation", "miniature", "presets"},
+    {"editor", "evaluation", "gallery", "miniature", "presets"},
     {"storage"},
     {"stages"},
     {"jobs", "serve"},

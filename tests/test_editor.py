@@ -6,12 +6,20 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.noise import NoiseSchedule
 from ip2p_ray.editor import Editor, EditRequest, EditSettings
 from ip2p_ray.errors import ConfigError, ImageError, ModelError
-from ip2p_ray.testing import tiny_stable_diffusion
+from ip2p_ray.testing import (
+    tiny_scheduler_config,
+    tiny_stable_diffusion,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 PIPELINE: Any = diffusers.StableDiffusionInstructPix2PixPipeline
@@ -224,6 +232,7 @@ def test_guidance_rescale_is_off_by_default_and_changes_the_picture(editor: Edit
         {"image_guidance_scale": float("-inf")},
         {"image_guidance_scale": float("inf")},
         {"image_guidance_scale": True},
+        {"image_guidance_scale": 10**400},
         {"guidance_rescale": 1.5},
         {"guidance_rescale": float("nan")},
         {"resolution": 0},
@@ -239,6 +248,15 @@ def test_bad_settings(editor: Editor, arguments: dict[str, Any]) -> None:
     name = next(iter(arguments))
     with pytest.raises(ConfigError, match=f"{name}.*(got|there are)"):
         editor.edit(picture(), "snow", **arguments)
+
+
+def test_numpy_numbers_are_numbers(editor: Editor) -> None:
+    expected = editor.edit(picture(), "snow", seed=3, text_guidance_scale=2.5).tobytes()
+    numpy: Any = np
+    got = editor.edit(
+        picture(), "snow", seed=numpy.int64(3), text_guidance_scale=numpy.float32(2.5)
+    )
+    assert got.tobytes() == expected
 
 
 def test_bad_requests(editor: Editor) -> None:
@@ -285,6 +303,65 @@ def test_defaults_are_the_papers() -> None:
     settings = EditSettings()
     assert (settings.steps, settings.sampler, settings.resolution) == (100, "euler_ancestral", 512)
     assert (settings.text_guidance_scale, settings.image_guidance_scale) == (7.5, 1.5)
+
+
+def stable_diffusion_1_5() -> StableDiffusion:
+    """Random weights in the shapes of Stable Diffusion 1.5, as an editor; 4 GB."""
+    tokenizer = tiny_tokenizer(77)
+    text = CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_attention_heads=12,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    unet = UNet2DConditionModel(in_channels=8, cross_attention_dim=768, attention_head_dim=8)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    config = tiny_scheduler_config()
+    return StableDiffusion(
+        unet=unet.eval(),
+        vae=vae.eval(),
+        text_encoder=CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
+        schedule=NoiseSchedule.from_config(config),
+        scheduler_config=config,
+    )
+
+
+@pytest.mark.slow
+def test_parity_at_the_size_of_stable_diffusion_1_5() -> None:
+    model = stable_diffusion_1_5()
+    editor, image = Editor(model), picture(64, 128)
+    assert editor.size_multiple == 64
+    pipeline = PIPELINE(
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(**scheduler_arguments(model)),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    expected = pipeline(
+        "make the cat blue",
+        image=image,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(5),
+        output_type="latent",
+    ).images
+    got = editor.edit_latents([image], [request(image)], EditSettings(steps=3))
+    assert (got - expected).abs().max().item() <= 1e-3
+
+
+def scheduler_arguments(model: StableDiffusion) -> dict[str, Any]:
+    return {k: v for k, v in model.scheduler_config.items() if not k.startswith("_")}
 
 
 def test_zero_terminal_snr_with_trailing_steps() -> None:

@@ -98,8 +98,8 @@ def _read_weights(kind: Any, source: str, part: str) -> torch.nn.Module:
             f"{part} of model {source} lacks {len(lost)} tensors, the first {lost[0]}: "
             "the weights are not whole"
         )
-    model.eval()
-    return model  # type: ignore[no-any-return]
+    network: torch.nn.Module = model
+    return network.eval()
 
 
 def _read_tokenizer(source: str) -> Any:

@@ -86,12 +86,14 @@ class StableDiffusion:
     @property
     def device(self) -> torch.device:
         """Where the UNet's weights lie."""
-        return next(self.unet.parameters()).device
+        device: torch.device = next(self.unet.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the UNet's weights."""
-        return next(self.unet.parameters()).dtype
+        dtype: torch.dtype = next(self.unet.parameters()).dtype
+        return dtype
 
     @property
     def latent_channels(self) -> int:

@@ -50,7 +50,7 @@ class GeneratorConfig:
     empty_captions: float = 0.1
     """Share of captions replaced by "", for classifier-free guidance."""
     channels: tuple[int, int] = (64, 96)
-    scenes: int = 40_000
+    scenes: int = 24_000
     """Drawn scenes to learn from; encoding each once costs less than drawing anew every step."""
 
 

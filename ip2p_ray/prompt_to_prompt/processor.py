@@ -40,7 +40,8 @@ class PromptToPromptProcessor:
     """
 
     def __init__(self) -> None:
-        self._plain: Any = AttnProcessor2_0()  # type: ignore[no-untyped-call]
+        plain: Any = AttnProcessor2_0
+        self._plain = plain()
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -181,6 +182,30 @@ def resume_folder(uri: str) -> Path:
     after a kill by the names of their notes."""
     path = storage.local_path(uri).absolute()
     return path.parent / RESUME / path.name
+
+
+def guarded(name: str, work: Callable[[], object]) -> int:
+    """The exit status of a job: 0 when `work` is done, 1 for an error of this package, which is
+    told as one sentence, 130 for Ctrl-C. Anything else is a bug and is raised.
+
+    Logging is set up here, once: this package's lines, and of other libraries only errors.
+    """
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("ip2p_ray").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        work()
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        told = own_error(error)
+        if told is None:
+            raise
+        print(f"{name}: {told}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def own_error(error: BaseException | None) -> Ip2pError | None:

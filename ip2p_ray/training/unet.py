@@ -45,12 +45,13 @@ def _latent_channels(unet: nn.Module) -> int:
 
 def _wider(narrow: nn.Conv2d, in_channels: int) -> nn.Conv2d:
     weight = narrow.weight.detach()
-    wide = nn.Conv2d(
+    wide: nn.Conv2d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Conv2d,
         in_channels,
         narrow.out_channels,
-        kernel_size=tuple(weight.shape[-2:]),  # type: ignore[arg-type]
-        stride=narrow.stride,  # type: ignore[arg-type]
-        padding=narrow.padding,  # type: ignore[arg-type]
+        kernel_size=tuple(weight.shape[-2:]),
+        stride=narrow.stride,
+        padding=narrow.padding,
         bias=narrow.bias is not None,
         device=weight.device,
         dtype=weight.dtype,

@@ -42,7 +42,7 @@ def test_a_scene_is_drawn_the_same_each_time(world: World) -> None:
 
 @WORLDS
 def test_every_edit_is_visible(world: World) -> None:
-    for scene in scenes(world, 30):
+    for scene in scenes(world, 8):
         source = draw(scene)
         for edit in edits(scene, world):
             assert not np.array_equal(source, draw(edit.edited)), edit

@@ -341,7 +341,8 @@ def test_layers_with_norms_and_residuals_come_out_the_same(shape: tuple[int, ...
     hidden = torch.randn(shape)
     own = AttentionControl(self_source=torch.arange(4))
     plain = layer(hidden)
-    layer.set_processor(PromptToPromptProcessor())  # type: ignore[arg-type]
+    processor: Any = PromptToPromptProcessor()
+    layer.set_processor(processor)
     assert torch.equal(layer(hidden, control=own), plain)
     swapped = layer(hidden, control=AttentionControl(self_source=torch.tensor([0, 0, 2, 3])))
     assert torch.equal(swapped[[0, 2, 3]], plain[[0, 2, 3]])

@@ -11,8 +11,8 @@ from ip2p_ray.testing import tiny_stable_diffusion
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
-    """Ten groups of one to three pairs of noise pictures, encoded."""
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of ten groups of one to three pairs of noise pictures, encoded."""
     random = np.random.default_rng(0)
     source, edited = random.integers(0, 256, (2, 20, 16, 16, 3), dtype=np.uint8)
     rows = [
@@ -27,4 +27,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
     ]
     folder: Path = tmp_path_factory.mktemp("latents")
     pq.write_table(pa.Table.from_pylist(rows, schema=LATENTS), folder / "shard.parquet")
-    return LatentDataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(shards: Path) -> LatentDataset:
+    """The pairs of `shards`."""
+    return LatentDataset(shards)

@@ -239,9 +239,8 @@ def test_another_run_is_not_resumed(dataset: LatentDataset) -> None:
 
 
 def tiny_model_of(state: TrainState) -> StableDiffusion:
-    model = tiny_stable_diffusion()
-    model.unet = state.unet  # type: ignore[assignment]
-    return model
+    parts: dict[str, Any] = {"unet": state.unet}
+    return dataclasses.replace(tiny_stable_diffusion(), **parts)
 
 
 def test_mistakes_are_found_before_the_first_step(dataset: LatentDataset) -> None:

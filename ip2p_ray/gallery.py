@@ -1,0 +1,176 @@
+"""The report of a run as one HTML page: no other file, no script, nothing loaded from outside."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ip2p_ray.evaluation import CurvePoint
+from ip2p_ray.report import duration
+
+TEMPLATE = "report.html.jinja"
+COLOURS = ("#2f6fde", "#c8553d", "#3a8f5c", "#8a5cc2")
+"""Of the series of a plot; legible on white and on black."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownPair:
+    """One accepted pair; the images are PNG bytes."""
+
+    caption: str
+    instruction: str
+    edited_caption: str
+    source_image: bytes
+    edited_image: bytes
+    similarities: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownEdit:
+    """One question with what each answerer made of it."""
+
+    caption: str
+    instruction: str
+    pictures: Mapping[str, bytes]
+    """PNG bytes by what the column is headed with, the same keys in every edit."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    labels: Sequence[str] = ()
+    """Written at the points, where given."""
+
+
+def page(
+    *,
+    title: str,
+    metrics: Mapping[str, Any],
+    pairs: Sequence[ShownPair],
+    edits: Sequence[ShownEdit],
+    curves: Mapping[str, Sequence[CurvePoint]],
+    losses: Sequence[tuple[float, float]],
+    command: str,
+) -> str:
+    """The page's text. `metrics` is what metrics.json holds; `command` is what to type next."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(png=_data_uri, duration=duration)
+    source = resources.files("ip2p_ray").joinpath("templates", TEMPLATE).read_text("utf-8")
+    return environment.from_string(source).render(
+        title=title,
+        metrics=metrics,
+        scored=[name for name, value in metrics.items() if _is_score(value)],
+        pairs=pairs,
+        edits=edits,
+        curve=plot(
+            [
+                Series(
+                    name,
+                    [(point.image_similarity, point.direction_similarity) for point in points],
+                    [f"{point.image_guidance_scale:g}" for point in points],
+                )
+                for name, points in curves.items()
+            ],
+            x_label="image similarity: how much of the picture was kept",
+            y_label="direction similarity: how much of the edit was made",
+        ),
+        loss=plot([Series("loss", losses)], x_label="optimizer step", y_label="loss"),
+        command=command,
+    )
+
+
+def plot(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    width: int = 560,
+    height: int = 320,
+) -> Markup:
+    """Lines through the points of each series as an inline SVG; empty where there is no point."""
+    points = [point for line in series for point in line.points]
+    if not points:
+        return Markup("")
+    left, right, top, bottom = 62, 16, 28, 46
+    x_ticks, y_ticks = _ticks([x for x, _ in points]), _ticks([y for _, y in points])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return (
+            round(left + across * (width - left - right), 1),
+            round(height - bottom - up * (height - top - bottom), 1),
+        )
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{y_label}; {x_label}">']
+    for tick in x_ticks:
+        x, _ = place(tick, y_ticks[0])
+        parts.append(_line((x, top), (x, height - bottom)))
+        parts.append(_text(x, height - bottom + 16, f"{tick:g}", "middle"))
+    for tick in y_ticks:
+        _, y = place(x_ticks[0], tick)
+        parts.append(_line((left, y), (width - right, y)))
+        parts.append(_text(left - 6, y + 4, f"{tick:g}", "end"))
+    parts.append(_text((left + width - right) / 2, height - 8, x_label, "middle"))
+    middle = (top + height - bottom) / 2
+    parts.append(
+        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{y_label}</text>'
+    )
+    for number, line in enumerate(series):
+        parts += _drawn(line, [place(*point) for point in line.points], COLOURS[number % 4])
+        parts.append(
+            f'<text x="{left + 130 * number}" y="16" style="fill:{COLOURS[number % 4]}">'
+            f"{line.name}</text>"
+        )
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def _drawn(line: Series, places: Sequence[tuple[float, float]], colour: str) -> list[str]:
+    path = " ".join(f"{x},{y}" for x, y in places)
+    parts = [f'<polyline points="{path}" style="fill:none;stroke:{colour};stroke-width:2"/>']
+    for index, label in enumerate(line.labels):
+        x, y = places[index]
+        parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" style="fill:{colour}"/>')
+        parts.append(_text(x + 6, y - 6, label, "start"))
+    return parts
+
+
+def _line(start: tuple[float, float], end: tuple[float, float]) -> str:
+    return f'<line x1="{start[0]}" y1="{start[1]}" x2="{end[0]}" y2="{end[1]}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """About five round numbers whose range holds all values."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    raw = (high - low) / 4
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw)
+    first = math.floor(low / step)
+    last = math.ceil(high / step)
+    return [round(number * step, 10) for number in range(first, last + 1)]
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, Mapping) and "forced_choice_accuracy" in value
+
+
+def _data_uri(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"

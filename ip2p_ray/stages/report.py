@@ -1,0 +1,138 @@
+"""Everything -> metrics.json and report.html: what a run of the whole flow has to show."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ip2p_ray import evaluation, storage
+from ip2p_ray.evaluation import EvaluationConfig
+from ip2p_ray.gallery import ShownEdit, ShownPair, page
+from ip2p_ray.images import encode_png, to_pil
+from ip2p_ray.miniature import scores
+from ip2p_ray.miniature.scenes import draw
+from ip2p_ray.schema import PAIRS, SIMILARITIES
+from ip2p_ray.stages.evaluation import read_answers, score_answers, usual_answers
+from ip2p_ray.stages.training import read_metrics
+
+SHOWN_PAIRS = 12
+
+STAGES = {
+    "captions": ("captions",),
+    "triplets": ("replies", "triplets", "rejects/triplets"),
+    "pairs": ("candidates", "scores", "rejects/pairs", "pairs"),
+    "latents": ("latents",),
+    "training": ("checkpoints",),
+    "evaluation": ("questions", "answers"),
+}
+"""The datasets that each stage makes, in the order of the flow."""
+
+COLUMNS = {
+    evaluation.START: "the untrained start",
+    evaluation.EDITOR: "trained here",
+    evaluation.SHIPPED: "the shipped editor",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What was left for the reader."""
+
+    metrics: Path
+    report: Path
+    example: Path
+    """A picture to try an edit on."""
+    instruction: str
+    """What to ask of it."""
+
+
+def write_report(folder: str, config: EvaluationConfig, *, seed: int) -> Written:
+    """The files metrics.json, report.html and example.png in the folder, each whole or absent."""
+    root = storage.local_path(folder)
+    tasks = scores.edit_tasks(config.tasks, config.seed)
+    written = Written(
+        metrics=root / "metrics.json",
+        report=root / "report.html",
+        example=root / "example.png",
+        instruction=tasks[0].instruction,
+    )
+    answers = storage.join(folder, "answers")
+    manifests = {
+        stage: [storage.read_manifest(storage.join(folder, name)) for name in names]
+        for stage, names in STAGES.items()
+    }
+    reports = [report for made in manifests.values() for each in made for report in each.reports]
+    metrics: dict[str, Any] = {
+        **score_answers(answers, config),
+        "funnel": evaluation.funnel(reports),
+        "seconds": {
+            stage: round(sum(manifest.wall_seconds for manifest in made), 1)
+            for stage, made in manifests.items()
+        },
+        "seed": seed,
+    }
+    rows = read_answers(answers)
+    text = page(
+        title="From captions to an edited picture",
+        metrics=metrics,
+        pairs=_shown_pairs(storage.join(folder, "pairs")),
+        edits=_shown_edits(rows, tasks[: config.shown]),
+        curves={
+            COLUMNS[name]: evaluation.guidance_curve(rows, name, config)
+            for name in (evaluation.EDITOR, evaluation.SHIPPED)
+        },
+        losses=[
+            (noted["step"], noted["loss"])
+            for noted in read_metrics(storage.local_path(storage.join(folder, "checkpoints")))
+        ],
+        command=edit_command(root, written),
+    )
+    example = encode_png(to_pil(draw(tasks[0].scene)))
+    storage.write_bytes(str(written.example), example)
+    storage.write_bytes(str(written.report), text.encode())
+    storage.write_bytes(str(written.metrics), (json.dumps(metrics, indent=2) + "\n").encode())
+    return written
+
+
+def edit_command(root: Path, written: Written) -> str:
+    """What to type to edit the example with the editor that was just trained."""
+    return (
+        f'python jobs/edit.py --image {written.example} --instruction "{written.instruction}" '
+        f"--model {root / 'editor'}"
+    )
+
+
+def _shown_pairs(pairs: str) -> list[ShownPair]:
+    table = storage.read_dataset(pairs, PAIRS).sort_by("pair_key").slice(0, SHOWN_PAIRS)
+    return [
+        ShownPair(
+            caption=row["caption"],
+            instruction=row["instruction"],
+            edited_caption=row["edited_caption"],
+            source_image=row["source_image"]["bytes"],
+            edited_image=row["edited_image"]["bytes"],
+            similarities={name: row[name] for name in SIMILARITIES},
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def _shown_edits(rows: list[dict[str, Any]], tasks: list[scores.EditTask]) -> list[ShownEdit]:
+    found = {name: usual_answers(rows, name) for name in COLUMNS}
+    return [
+        ShownEdit(
+            caption=task.caption,
+            instruction=task.instruction,
+            pictures={
+                "the input": encode_png(to_pil(draw(task.scene))),
+                **{
+                    heading: found[name][number]["edited_image"]["bytes"]
+                    for name, heading in COLUMNS.items()
+                },
+                "the true answer": encode_png(to_pil(draw(task.edit.edited))),
+            },
+        )
+        for number, task in enumerate(tasks)
+    ]

@@ -1,0 +1,59 @@
+"""The whole life of an editor on the miniature's models, on one machine, in minutes.
+
+    python jobs/quickstart.py                 about ten minutes on two cores
+    python jobs/quickstart.py --smoke         about two; a check that everything runs
+    ray job submit --working-dir . -- python jobs/quickstart.py --out /shared/quickstart
+
+The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    """From captions to a trained editor and a report, with the miniature's models."""
+
+    out: Path = Path("runs/quickstart")
+    """Folder for everything that is made; an unfinished run in it is continued."""
+    seed: int = 0
+    """Of captions, replies, training and evaluation."""
+    captions: int = 96
+    """Captions to begin with."""
+    candidates: int = 4
+    """Candidate pairs of each triplet."""
+    train_steps: int = 400
+    """Optimizer steps of the editor."""
+    workers: int = 2
+    """Processes that compute at the same time; the machine's cores are shared among them."""
+    smoke: bool = False
+    """Only see that everything runs: at most 16 captions, 2 candidates, 16 steps, 8 questions."""
+    weights: Path | None = None
+    """The miniature's weights; by default those that come with the package."""
+
+    def __post_init__(self) -> None:
+        for name in ("captions", "candidates", "train_steps", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError("--seed lies in [0, 2**31)")
+
+
+def main(job: Quickstart) -> int:
+    """Run the flow, or what is left of it; returns the exit status."""
+    print(f"quickstart: everything goes to {job.out}; loading the libraries", flush=True)
+    from ip2p_ray.stages import flow, run
+
+    return run.guarded("quickstart", lambda: flow.run_all(**vars(job)))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    sys.exit(main(tyro.cli(Quickstart)))
