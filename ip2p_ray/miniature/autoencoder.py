@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ip2p_ray.miniature.feed import pictures, scene_batch, step_random
 from ip2p_ray.miniature.drawing import SIZE
+from ip2p_ray.miniature.feed import pictures, scene_batch, step_random
 from ip2p_ray.miniature.fit import FitConfig, fit, save_module
 
 CROP = 32
@@ -25,6 +25,8 @@ CROP = 32
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
+    """How the autoencoder is built and trained."""
+
     steps: int = 2_700
     """Steps of the whole autoencoder."""
     decoder_steps: int = 2_500
@@ -39,6 +41,7 @@ class AutoencoderConfig:
 
 
 def build(config: AutoencoderConfig) -> AutoencoderKL:
+    """The untrained autoencoder."""
     levels = len(config.channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -59,7 +62,8 @@ def train(config: AutoencoderConfig, folder: Path, *, seed: int, device: str) ->
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = step_random("autoencoder", seed, step)
         torch.manual_seed(rng.getrandbits(60))
-        value, figures = torch.zeros((), device=device), {}
+        value = torch.zeros((), device=device)
+        figures: dict[str, float] = {}
         for images in _batches(rng, config.batch_size, device):
             with torch.autocast(device, torch.bfloat16):
                 posterior = vae.encode(images).latent_dist
@@ -90,7 +94,8 @@ def train_decoder(
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = step_random("decoder", seed, step)
         torch.manual_seed(rng.getrandbits(60))
-        value, figures = torch.zeros((), device=device), {}
+        value = torch.zeros((), device=device)
+        figures: dict[str, float] = {}
         for images in _batches(rng, config.batch_size, device):
             with torch.autocast(device, torch.bfloat16):
                 with torch.no_grad():

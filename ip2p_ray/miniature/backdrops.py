@@ -36,6 +36,7 @@ class Canvas:
         return TINTS[self.manner](colour)
 
     def area(self, points: list[tuple[float, float]], fill: Rgb) -> None:
+        """A filled polygon; a sketch has its outline."""
         scaled = [(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points]
         if self.sketched:
             self.draw.polygon(scaled, fill=PAPER)
@@ -44,6 +45,7 @@ class Canvas:
             self.draw.polygon(scaled, fill=self._tint(fill))
 
     def disc(self, x: float, y: float, radius: float, fill: Rgb, *, glow: bool = False) -> None:
+        """A filled circle; one that glows keeps its colour at night."""
         s = SUPERSAMPLING
         box = ((x - radius) * s, (y - radius) * s, (x + radius) * s, (y + radius) * s)
         if self.sketched:
@@ -52,11 +54,13 @@ class Canvas:
             self.draw.ellipse(box, fill=fill if glow else self._tint(fill))
 
     def stroke(self, points: list[tuple[float, float]], fill: Rgb, width: float = 1.0) -> None:
+        """A line through points, `width` in pixels."""
         scaled = [(x * SUPERSAMPLING, y * SUPERSAMPLING) for x, y in points]
         colour = PENCIL if self.sketched else self._tint(fill)
         self.draw.line(scaled, fill=colour, width=round(width * SUPERSAMPLING))
 
     def sky(self, colour: Rgb, horizon: float) -> None:
+        """What is above the horizon, with sun, or moon and stars."""
         self.area([(-1, -1), (SIZE, -1), (SIZE, horizon), (-1, horizon)], colour)
         if self.manner == "night":
             self.disc(52, 9, 5, (245, 240, 205), glow=True)
@@ -68,6 +72,7 @@ class Canvas:
             self.disc(52, 9, 5, PAPER)
 
     def ground(self, colour: Rgb, horizon: float) -> None:
+        """What is below the horizon."""
         self.area([(-1, horizon), (SIZE, horizon), (SIZE, SIZE), (-1, SIZE)], colour)
 
 

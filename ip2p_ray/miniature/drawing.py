@@ -117,23 +117,30 @@ class Pen:
         return [(x * self.scale, y * self.scale) for x, y in points]
 
     def polygon(self, points: list[tuple[float, float]], fill: Rgb) -> None:
+        """A filled polygon with an outline."""
         scaled = self._points(points)
         self.draw.polygon(scaled, fill=fill)
         closed = [*scaled, scaled[0], scaled[1]]
         self.draw.line(closed, fill=self.colours.outline, width=self.line_width, joint="curve")
 
     def box(self, x0: float, y0: float, x1: float, y1: float, fill: Rgb) -> None:
+        """A filled upright rectangle with an outline."""
         self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill)
 
     def ellipse(self, x0: float, y0: float, x1: float, y1: float, fill: Rgb) -> None:
+        """A filled ellipse with an outline."""
         (a, b), (c, d) = self._points([(x0, y0), (x1, y1)])
-        self.draw.ellipse((a, b, c, d), fill=fill, outline=self.colours.outline, width=self.line_width)
+        self.draw.ellipse(
+            (a, b, c, d), fill=fill, outline=self.colours.outline, width=self.line_width
+        )
 
     def dot(self, x: float, y: float, radius: float, fill: Rgb) -> None:
+        """A filled circle without an outline."""
         (a, b), (c, d) = self._points([(x - radius, y - radius), (x + radius, y + radius)])
         self.draw.ellipse((a, b, c, d), fill=fill)
 
     def line(self, points: list[tuple[float, float]], fill: Rgb, width: float = 1.0) -> None:
+        """A line through points; `width` in outlines."""
         self.draw.line(self._points(points), fill=fill, width=round(self.line_width * width))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -44,6 +43,8 @@ CHUNK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class EditingConfig:
+    """How pairs are made and the editor is trained from them."""
+
     triplets: int = 3_000
     """Captions given to the writer; most replies become triplets."""
     candidates: int = 2
@@ -59,6 +60,7 @@ class EditingConfig:
     """Steps between checkpoints of the editor's training."""
 
     def pairs(self, thresholds: Thresholds) -> PairConfig:
+        """The miniature's preset of making pairs."""
         return PairConfig(
             resolution=64,
             steps=self.sampling_steps,
@@ -81,6 +83,7 @@ class Models:
 
 
 def load_models(folder: Path, device: str) -> Models:
+    """The trained models in `folder`."""
     return Models(
         LocalWriter.load(folder / "writer", device),
         StableDiffusion.load(folder / "generator", device=device),
@@ -111,7 +114,7 @@ def make_pairs(
         metadata = {b"funnel": json.dumps(funnel).encode()}
         temporary = _chunk(folder, number).with_suffix(".partial")
         pq.write_table(table.replace_schema_metadata(metadata), temporary)
-        os.replace(temporary, _chunk(folder, number))
+        temporary.replace(_chunk(folder, number))
         if time.monotonic() - logged >= 60 or done == len(todo):
             logged = time.monotonic()
             left = (logged - began) / done * (len(todo) - done) / 60
@@ -137,7 +140,9 @@ def _make_chunk(
     name = recipe(config, "miniature")
     rows: list[dict[str, Any]] = []
     requests = [
-        r for t in triplets for r in candidate_requests(t.key, t.caption, t.edited_caption, config, name)
+        r
+        for t in triplets
+        for r in candidate_requests(t.key, t.caption, t.edited_caption, config, name)
     ]
     if requests:
         source, edited = generate_candidates(models.generator, requests, config)

@@ -19,6 +19,7 @@ def step_random(name: str, seed: int, step: int) -> random.Random:
 
 
 def scene_batch(rng: random.Random, count: int, *, held_out: bool = False) -> list[Scene]:
+    """Scenes of the shipped world, with or without held-out combinations."""
     return [random_scene(rng, WORLD, held_out=held_out) for _ in range(count)]
 
 

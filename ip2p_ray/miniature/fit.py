@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +22,8 @@ Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
+    """How one small model is trained."""
+
     steps: int
     """Optimizer steps, >= 1."""
     learning_rate: float = 1e-3
@@ -36,7 +37,9 @@ class FitConfig:
     """Seconds between saved states; a killed run loses no more than this."""
 
 
-def fit(name: str, module: nn.Module, loss: Loss, config: FitConfig, folder: Path) -> dict[str, float]:
+def fit(
+    name: str, module: nn.Module, loss: Loss, config: FitConfig, folder: Path
+) -> dict[str, float]:
     """Train `module` in place and leave the averaged weights in it; returns run figures.
 
     Reruns continue from `folder`/<name>.pt. Every step draws its randomness from its own number, so
@@ -45,7 +48,10 @@ def fit(name: str, module: nn.Module, loss: Loss, config: FitConfig, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+        module.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.99),
     )
     ema = {k: v.detach().clone() for k, v in module.state_dict().items()}
     first, seconds = 0, 0.0
@@ -82,7 +88,7 @@ def fit(name: str, module: nn.Module, loss: Loss, config: FitConfig, folder: Pat
             }
             temporary = path.with_suffix(".tmp")
             torch.save(state, temporary)
-            os.replace(temporary, path)
+            temporary.replace(path)
     module.load_state_dict(ema)
     module.eval()
     total = seconds + time.monotonic() - started
@@ -113,8 +119,16 @@ def _average(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
 
 
 def _log(
-    name: str, step: int, first: int, steps: int, loss: float, figures: dict[str, float], spent: float
+    name: str,
+    step: int,
+    first: int,
+    steps: int,
+    loss: float,
+    figures: dict[str, float],
+    spent: float,
 ) -> None:
     left = spent / (step - first) * (steps - step) / 60
     rest = " ".join(f"{k} {v:.4f}" for k, v in figures.items())
-    logger.info("%s: step %d of %d, loss %.4f %s, %.0f min left", name, step, steps, loss, rest, left)
+    logger.info(
+        "%s: step %d of %d, loss %.4f %s, %.0f min left", name, step, steps, loss, rest, left
+    )

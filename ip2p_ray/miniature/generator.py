@@ -31,7 +31,7 @@ SCHEDULER: dict[str, Any] = {
     "prediction_type": "v_prediction",
     "timestep_spacing": "linspace",
 }
-"""Stable Diffusion 1.5's schedule, with v- instead of eps-prediction: small models learn it sooner."""
+"""Stable Diffusion 1.5's schedule, but v-prediction, which small models learn sooner."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Pool:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
-    steps: int = 8_000
+    """How the UNet is built and trained."""
+
+    steps: int = 6_000
     batch_size: int = 64
     learning_rate: float = 1e-3
     empty_captions: float = 0.1
@@ -55,8 +57,7 @@ class GeneratorConfig:
 
 
 def build_unet(config: GeneratorConfig, latent_channels: int) -> UNet2DConditionModel:
-    """Self- and cross-attention at both levels (64 and 16 positions): that is what
-    Prompt-to-Prompt copies."""
+    """A UNet with self- and cross-attention at both levels, of 64 and of 16 positions."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=latent_channels,

@@ -68,9 +68,19 @@ TEMPLATES: dict[EditType, tuple[str, ...]] = {
         "change the colour of the {old} to {new}",
         "the {old} should be {new}",
     ),
-    "add": ("add a {new}", "put in a {new}", "add a {new} to the picture", "there should also be a {new}"),
-    "remove": ("remove the {old}", "take away the {old}", "erase the {old}", "get rid of the {old}"),
-}  # fmt: skip
+    "add": (
+        "add a {new}",
+        "put in a {new}",
+        "add a {new} to the picture",
+        "there should also be a {new}",
+    ),
+    "remove": (
+        "remove the {old}",
+        "take away the {old}",
+        "erase the {old}",
+        "get rid of the {old}",
+    ),
+}
 SETTING_TEMPLATES = (
     "move it to {noun}",
     "change the background to {noun}",
@@ -89,6 +99,7 @@ class Described:
 
 
 def describe(scene: Scene) -> Described:
+    """What a caption of the scene says."""
     return Described(*scene.described)
 
 
@@ -107,6 +118,7 @@ class Wording:
 
 
 def random_wording(rng: random.Random) -> Wording:
+    """One of the equivalent wordings."""
     return Wording(rng.randrange(len(PLAIN_PREFIXES)), rng.randrange(2), rng.randrange(2))
 
 
@@ -217,10 +229,9 @@ def _compile(template: str, kind: EditType) -> re.Pattern[str]:
 
 
 _PATTERNS = [(kind, _compile(t, kind)) for kind, templates in TEMPLATES.items() for t in templates]
-_SETTING_PATTERNS = [
-    re.compile(t.format(noun=f"(?P<noun>{_any_of(_NOUN_OF)})", phrase=f"(?P<phrase>{_any_of(_SETTING_OF)})"))
-    for t in SETTING_TEMPLATES
-]  # fmt: skip
+_NOUN = f"(?P<noun>{_any_of(_NOUN_OF)})"
+_PHRASE = f"(?P<phrase>{_any_of(_SETTING_OF)})"
+_SETTING_PATTERNS = [re.compile(t.format(noun=_NOUN, phrase=_PHRASE)) for t in SETTING_TEMPLATES]
 
 
 def apply_instruction(described: Described, text: str) -> Described | None:
@@ -277,4 +288,8 @@ def _with_things(described: Described, kind: EditType, old: str, new: str) -> De
 def is_true_edit(caption_: str, instruction_: str, edited_caption: str) -> bool:
     """Whether the three parse and the edited caption says just what the instruction asks."""
     before, after = parse_caption(caption_), parse_caption(edited_caption)
-    return before is not None and after is not None and apply_instruction(before, instruction_) == after
+    return (
+        before is not None
+        and after is not None
+        and apply_instruction(before, instruction_) == after
+    )

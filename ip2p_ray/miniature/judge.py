@@ -1,10 +1,10 @@
 """Training of the miniature's CLIP: an open_clip model, and the text encoder that comes from it.
 
 The text tower learns two things at once: to match pictures (contrastively, with edited scenes as
-hard negatives; some captions also say on which side a thing stands, or the image features would
-not tell two layouts apart) and to predict the next word of captions and instructions. The second keeps every
-word's meaning in its own hidden state, which is what a generator's cross-attention reads; the tower
-is then frozen and becomes its CLIPTextModel, as CLIP's is in Stable Diffusion.
+hard negatives; some captions also say on which side a thing stands, or the image features would not
+tell two layouts apart) and to predict the next word of captions and instructions. The second keeps
+every word's meaning in its own hidden state, which is what a generator's cross-attention reads; the
+tower is then frozen and becomes its CLIPTextModel, as CLIP's is in Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from ip2p_ray.miniature.vocabulary import TEXT_LENGTH, clip_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
+    """How the judge is trained."""
+
     steps: int = 700
     batch_size: int = 128
     """Pictures a step: scenes, and one edit of each as its hard negative."""
@@ -73,7 +75,9 @@ def train(config: JudgeConfig, folder: Path, *, seed: int, device: str) -> dict[
         rng = step_random("judge", seed, step)
         examples, wishes = _examples(rng, config)
         images = torch.from_numpy(np.stack([draw(example.scene) for example in examples]))
-        image = F.normalize(model.visual(preprocess(images.to(device), (64, 64), mean, std)), dim=-1)
+        image = F.normalize(
+            model.visual(preprocess(images.to(device), (64, 64), mean, std)), dim=-1
+        )
         ids = tokens([example.caption for example in examples])
         hidden, text = _text(model, ids)
         wish_ids = tokens(wishes)
@@ -131,11 +135,13 @@ def _with_side(scene: Scene, rng: random.Random) -> _Example:
 
 
 def _rivals(examples: list[_Example]) -> Tensor:
-    """bool (picture, caption): which captions a picture must be told from.
+    """A bool (picture, caption): which captions a picture must be told from.
 
     Not those that describe it as well: the same description, unless both name a side and differ.
     """
-    names = {name: index for index, name in enumerate(dict.fromkeys(e.scene.described for e in examples))}
+    names = {
+        name: index for index, name in enumerate(dict.fromkeys(e.scene.described for e in examples))
+    }
     group = torch.tensor([names[e.scene.described] for e in examples])
     side = torch.tensor([{None: 0, "left": 1, "right": -1}[e.side] for e in examples])
     return (group[:, None] != group[None]) | (side[:, None] * side[None] == -1)

@@ -90,6 +90,7 @@ class Scene:
 
     @property
     def colourless(self) -> bool:
+        """Whether the manner hides the colours of things."""
         return self.manner in COLOURLESS
 
     @property
@@ -116,6 +117,7 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
 
 
 def random_layout(rng: random.Random) -> Layout:
+    """Any layout."""
     return Layout(
         left=rng.choice(LEFT),
         right=rng.choice(RIGHT),

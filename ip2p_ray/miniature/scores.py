@@ -105,9 +105,7 @@ def score_judge(clip: Clip, *, seed: int, count: int = 1024, choices: int = 64) 
             scene = random_scene(rng, held_out=True)
             scenes.setdefault(scene.described, scene)
         drawn = list(scenes.values())
-        texts = [
-            grammar.caption(grammar.describe(s), grammar.random_wording(rng)) for s in drawn
-        ]
+        texts = [grammar.caption(grammar.describe(s), grammar.random_wording(rng)) for s in drawn]
         images = clip.encode_images(np.stack([draw(scene) for scene in drawn]))
         best = (images @ clip.encode_texts(texts).T).argmax(dim=-1).cpu()
         right += int((best == torch.arange(choices)).sum())

@@ -143,6 +143,9 @@ def _card(records: dict[str, Any], command: str, folder: Path) -> str:
     )
     failing = ", ".join(f"{_percent(v)} ({k})" for k, v in pairs["mismatched_fail"].items())
     writer = scores_["writer"]
+    generator = _percent(scores_["generator"]["both"])
+    kept = _percent(funnel.get("kept", 0) / max(judged, 1))
+    written = f"{_percent(writer['parsed'])} / {_percent(writer['true_edits'])}"
     return f"""# The miniature's weights
 
 Four small models of a drawn world (64x64 pictures; 8 subjects, 6 colours, 4 settings, 3 manners):
@@ -162,9 +165,9 @@ Held-out scenes show combinations of subject, colour and setting that no trainin
 | score, held-out | measured | goal |
 |---|---|---|
 | judge finds a picture's caption among 64 | {_percent(scores_["judge_accuracy_of_64"])} | 95 % |
-| writer's replies that parse / are true edits | {_percent(writer["parsed"])} / {_percent(writer["true_edits"])} | 95 % |
-| generator's pictures that judge and oracle both read as captioned | {_percent(scores_["generator"]["both"])} | 85 % |
-| candidates kept at the miniature's thresholds | {_percent(funnel.get("kept", 0) / max(judged, 1))} | 15 % |
+| writer's replies that parse / are true edits | {written} | 95 % |
+| generator's pictures that judge and oracle both read as captioned | {generator} | 85 % |
+| candidates kept at the miniature's thresholds | {kept} | 15 % |
 | thresholds: drawn true pairs that pass | {_percent(pairs["true_pass"])} | 95 % |
 | thresholds: drawn mismatched pairs that fail | {failing} | 95 % |
 

@@ -1,4 +1,6 @@
-"""Train the whole miniature from nothing: python -m ip2p_ray.miniature.train --out FOLDER
+"""Train the whole miniature from nothing.
+
+    python -m ip2p_ray.miniature.train --out FOLDER
 
 Autoencoder, judge (with the text encoder), writer, generator, the pairs it makes, the editor from
 them, and the scores of all: hours on two CPU cores, minutes on a GPU. Rerun the same command to go
@@ -63,7 +65,9 @@ def main(job: TrainMiniature) -> None:
 
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "autoencoder": lambda: autoencoder.train(job.autoencoder, out, seed=seed, device=device),
-        "decoder": lambda: autoencoder.train_decoder(job.autoencoder, out, seed=seed, device=device),
+        "decoder": lambda: autoencoder.train_decoder(
+            job.autoencoder, out, seed=seed, device=device
+        ),
         "judge": lambda: judge.train(job.judge, out, seed=seed, device=device),
         "writer": lambda: writer.train(job.writer, out, seed=seed, device=device),
         "generator": lambda: generator.train(job.generator, out, seed=seed, device=device),
@@ -93,7 +97,9 @@ def _once(record: Path, step: Callable[[], dict[str, Any]]) -> None:
 
 
 def _command(job: TrainMiniature) -> str:
-    return f"python -m ip2p_ray.miniature.train --out FOLDER --seed {job.seed} --device {job.device}"
+    return (
+        f"python -m ip2p_ray.miniature.train --out FOLDER --seed {job.seed} --device {job.device}"
+    )
 
 
 if __name__ == "__main__":

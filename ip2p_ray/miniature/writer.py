@@ -23,6 +23,8 @@ from ip2p_ray.triplets.prompt import completion, completion_prompt
 
 @dataclass(frozen=True, kw_only=True)
 class WriterConfig:
+    """How the writer is trained."""
+
     steps: int = 2_000
     batch_size: int = 64
     learning_rate: float = 2e-3

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,9 @@ def stream(
     resume = run.resume_folder(uri)
     resume.mkdir(parents=True, exist_ok=True)
     blocks = -(-rows // rows_per_block)
-    tally = Tally.remote()  # type: ignore[attr-defined]
     already = count_rows(filter(_is_committed, resume.glob("*.parquet")))
     progress = Progress(name, total=rows, unit=unit, done=already)
-    with (
-        ray.data.DataContext.current(_context(key, resume)),
-        shown(progress, lambda: already + int(ray.get(tally.total.remote()))),
-    ):
+    with counted(progress) as tally, ray.data.DataContext.current(_context(key, resume)):
         data = ray.data.read_parquet(
             list(sources), override_num_blocks=blocks, ray_remote_args={"num_cpus": TASK_CPUS}
         )
@@ -90,7 +87,6 @@ def stream(
         data.write_parquet(
             str(storage.local_path(uri)), schema=schema, ray_remote_args={"num_cpus": TASK_CPUS}
         )
-    ray.kill(tally)
     _remove_duplicates(uri, key, rows)
 
 
@@ -123,6 +119,28 @@ def _context(key: str, resume: Path) -> Any:
     checkpoint.checkpoint_actor_memory_bytes = 64 << 20
     context.checkpoint_config = checkpoint
     return context
+
+
+@contextmanager
+def counted(progress: Progress) -> Iterator[Any]:
+    """An actor whose `add` advances the progress, which is shown while the block runs."""
+    tally = Tally.remote()  # type: ignore[attr-defined]
+    before = progress.done
+    asked: list[Any] = []
+
+    def poll() -> int:
+        """What was counted when the tally last answered; it may be slow to start."""
+        if not asked:
+            asked.append(tally.total.remote())
+        if not ray.wait(asked, timeout=0)[0]:
+            return progress.done
+        return before + int(ray.get(asked.pop()))
+
+    try:
+        with shown(progress, poll):
+            yield tally
+    finally:
+        ray.kill(tally)
 
 
 @ray.remote(num_cpus=0)

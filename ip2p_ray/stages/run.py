@@ -84,15 +84,16 @@ def local_ray(*, workers: int) -> Iterator[None]:
         threads = max(1, (os.cpu_count() or 1) // workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         _make_importable()
-        ray.init(
-            address="local",
-            # Actors and tasks hold fractions of these; below 4 a plan's tasks may find none left.
-            num_cpus=max(4, workers + 2),
-            include_dashboard=False,
-            object_store_memory=256 << 20,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _silent_stderr():
+            ray.init(
+                address="local",
+                # Actors and tasks hold fractions; below 4 a plan's tasks may find none left.
+                num_cpus=max(4, workers + 2),
+                include_dashboard=False,
+                object_store_memory=256 << 20,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     for name in ("ray.data", "ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -219,6 +220,19 @@ def own_error(error: BaseException | None) -> Ip2pError | None:
             return error
         error = cause
     return None
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what Ray's C++ parts write to this process's stderr while they start."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _make_importable() -> None:

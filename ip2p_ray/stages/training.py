@@ -30,7 +30,7 @@ from ip2p_ray.editor import EditSettings
 from ip2p_ray.latents import LatentDataset
 from ip2p_ray.report import Report
 from ip2p_ray.stages import plan, run
-from ip2p_ray.stages.progress import Progress, shown
+from ip2p_ray.stages.progress import Progress
 from ip2p_ray.training.loop import Metrics, TrainConfig, start, train
 
 METRICS = "metrics.jsonl"
@@ -96,35 +96,32 @@ def read_metrics(checkpoints: str | Path) -> list[dict[str, Any]]:
 
 
 def _fit(told: TrainingRun, resources: run.Resources) -> list[Report]:
-    tally = plan.Tally.remote()  # type: ignore[attr-defined]
     found = latest_checkpoint(told.checkpoints)
     already = int(found.name.removeprefix("step-")) if found else 0
     progress = Progress("training", total=told.config.steps, unit="steps", done=already)
     scratch = Path(told.checkpoints) / ".ray"
     worker = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
-    trainer = TorchTrainer(
-        train_on_worker,
-        train_loop_config={"told": told, "tally": tally},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.actors,
-            use_gpu=resources.gpus > 0,
-            resources_per_worker=worker,
-        ),
-        run_config=ray.train.RunConfig(
-            name="editor",
-            storage_path=str(scratch),
-            failure_config=ray.train.FailureConfig(max_failures=2),
-        ),
-        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
-    )
     # What Ray Train keeps of earlier attempts would only make it return their old metrics.
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        with shown(progress, lambda: already + int(ray.get(tally.total.remote()))):
-            trainer.fit()
+        with plan.counted(progress) as tally:
+            TorchTrainer(
+                train_on_worker,
+                train_loop_config={"told": told, "tally": tally},
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=resources.actors,
+                    use_gpu=resources.gpus > 0,
+                    resources_per_worker=worker,
+                ),
+                run_config=ray.train.RunConfig(
+                    name="editor",
+                    storage_path=str(scratch),
+                    failure_config=ray.train.FailureConfig(max_failures=2),
+                ),
+                torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+            ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    ray.kill(tally)
     return []
 
 

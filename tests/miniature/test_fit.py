@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ip2p_ray.miniature.fit import FitConfig, fit
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -21,7 +21,7 @@ def run(folder: Path, *, stop_at: int | None = None) -> tuple[nn.Module, list[fl
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         if step == stop_at:
-            raise Stopped
+            raise StoppedError
         x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
         value = (module(x) - x.sum(dim=1, keepdim=True)).square().mean()
         losses.append(float(value.detach()))
@@ -42,7 +42,7 @@ def test_a_stopped_run_continues_to_the_same_weights(tmp_path: Path) -> None:
     try:
         run(tmp_path / "stopped", stop_at=11)
         raise AssertionError("the run was not stopped")
-    except Stopped:
+    except StoppedError:
         pass
     resumed, rest = run(tmp_path / "stopped")
     assert rest == losses[11:]
