@@ -1,10 +1,71 @@
-"""What holds for every test: no network, no deadlines, the same examples each time."""
+"""What holds for every test: no network, no deadlines, the same examples each time.
+
+And what the tests that start Ray share: one small Ray, and one run of the whole flow in it.
+"""
 
 import os
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items):
+    """Warnings are errors, but Ray's own are not ours to mend."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory):
+    """A folder like the miniature's weights, small and random; made in some seconds."""
+    from ip2p_ray.miniature.tiny import tiny_miniature
+
+    return tiny_miniature(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """The one Ray of the test session."""
+    from ip2p_ray.stages.run import local_ray
+
+    with local_ray(workers=2):
+        yield
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished run of the whole flow."""
+
+    folder: Path
+    preset: object
+    questions: object
+    captions: int
+
+    def uri(self, name: str) -> str:
+        """Of one of its datasets."""
+        return str(self.folder / name)
+
+
+@pytest.fixture(scope="session")
+def made(local_ray, tiny_weights, tmp_path_factory):
+    """The flow on the tiny weights: 10 captions, the last two of which the writer does not know."""
+    from ip2p_ray import presets
+    from ip2p_ray.evaluation import EvaluationConfig
+    from ip2p_ray.stages.flow import make_datasets
+
+    preset = presets.miniature(tiny_weights)
+    preset = replace(preset, training=replace(preset.training, steps=9, batch_size=4))
+    questions = EvaluationConfig(
+        tasks=3, shown=2, curve_tasks=2, image_guidance_scales=(1.0, 1.5)
+    )
+    folder = tmp_path_factory.mktemp("made")
+    make_datasets(str(folder), preset, questions, captions=10, seed=0, workers=2)
+    return Made(folder, preset, questions, captions=10)

@@ -26,7 +26,7 @@ from ip2p_ray.prompt_to_prompt.alignment import tokenize_caption
 from ip2p_ray.prompt_to_prompt.blend import local_blend
 from ip2p_ray.testing import tiny_scheduler_config, tiny_stable_diffusion, tiny_tokenizer
 
-CONFIG = PairConfig(resolution=16, steps=5, candidates=2, guidance_scale=(1.5, 4.0))
+CONFIG = PairConfig(resolution=16, steps=4, candidates=2, guidance_scale=(1.5, 4.0))
 TRIPLETS = {
     "cat": ("a cat on the mat", "a chinchilla on the mat"),
     "boat": ("a photo of a boat", "a photo of a red boat at sea"),
@@ -76,15 +76,15 @@ def test_a_candidate_does_not_depend_on_its_neighbours(
     together = candidate_latents(model, requests, config)
     pictures = generate_candidates(model, requests, config)
     assert all(images.shape == (6, 16, 16, 3) for images in pictures)
-    for index in (0, 3):
-        alone = candidate_latents(model, [requests[index]], config)
-        unit = max(1.0, alone.std().item())
-        difference = (together[[index, 6 + index]] - alone).abs().max().item()
-        assert difference <= 1e-5 * unit
-        for some, one in zip(
-            pictures, generate_candidates(model, [requests[index]], config), strict=True
-        ):
-            assert np.abs(some[index].astype(int) - one[0].astype(int)).max() <= 1
+    index = 2
+    alone = candidate_latents(model, [requests[index]], config)
+    unit = max(1.0, alone.std().item())
+    difference = (together[[index, 6 + index]] - alone).abs().max().item()
+    assert difference <= 1e-5 * unit
+    for some, one in zip(
+        pictures, generate_candidates(model, [requests[index]], config), strict=True
+    ):
+        assert np.abs(some[index].astype(int) - one[0].astype(int)).max() <= 1
 
 
 def test_without_copied_attention_both_pictures_are_plain_samples_of_one_seed() -> None:

@@ -37,11 +37,11 @@ def read_parts(source: str) -> dict[str, Any]:
     """
     _check_source(source)
     parts: dict[str, Any] = {
-        "unet": _read_weights(UNet2DConditionModel, source, "unet"),
-        "vae": _read_weights(AutoencoderKL, source, "vae"),
-        "text_encoder": _read_weights(CLIPTextModel, source, "text_encoder"),
-        "tokenizer": _read_tokenizer(source),
         "scheduler": _read_scheduler(source),
+        "tokenizer": _read_tokenizer(source),
+        "text_encoder": _read_weights(CLIPTextModel, source, "text_encoder"),
+        "vae": _read_weights(AutoencoderKL, source, "vae"),
+        "unet": _read_weights(UNet2DConditionModel, source, "unet"),
     }
     known = int(parts["text_encoder"].config.vocab_size)
     if len(parts["tokenizer"]) > known:

@@ -73,7 +73,7 @@ def stream(
     progress = Progress(name, total=rows, unit=unit, done=already)
     with counted(progress) as tally, ray.data.DataContext.current(_context(key, resume)):
         data = ray.data.read_parquet(
-            list(sources), override_num_blocks=blocks, ray_remote_args={"num_cpus": TASK_CPUS}
+            list(sources), override_num_blocks=blocks, num_cpus=TASK_CPUS
         )
         for step in steps:
             data = _mapped(data, step, blocks)

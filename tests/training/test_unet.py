@@ -39,9 +39,10 @@ def test_weights_and_config() -> None:
     assert wide.config["in_channels"] == 8
     assert torch.equal(wide.conv_in.weight[:, :4], narrow.conv_in.weight)
     assert not wide.conv_in.weight[:, 4:].any()
-    others = narrow.state_dict().keys() - {"conv_in.weight"}
+    before, after = narrow.state_dict(), wide.state_dict()
+    others = before.keys() - {"conv_in.weight"}
     assert "conv_in.bias" in others
-    assert all(torch.equal(wide.state_dict()[name], narrow.state_dict()[name]) for name in others)
+    assert all(torch.equal(after[name], before[name]) for name in others)
 
 
 def test_keeps_dtype_mode_and_gradient_flag() -> None:

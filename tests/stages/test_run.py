@@ -1,0 +1,146 @@
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from ip2p_ray import storage
+from ip2p_ray.errors import ConfigError, DatasetError, ModelError, StageError
+from ip2p_ray.report import Report
+from ip2p_ray.stages import run
+
+ORIGIN = run.Origin(dataset="captions", config={"count": 3, "range": (0.1, 0.9)})
+REPORT = Report(stage="captions", rows_in=3, rows_out=2, rejected={"empty": 1}, seconds=0.5)
+
+
+def builder(calls):
+    def build():
+        calls.append("built")
+        return [REPORT]
+
+    return build
+
+
+def test_a_dataset_is_made_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        manifest = run.make(str(tmp_path / "captions"), ORIGIN, builder(calls))
+    assert calls == ["built"]
+    assert manifest.recipe == ORIGIN.digest
+    assert manifest.reports == [REPORT.as_dict()]
+
+
+def test_a_build_that_fails_leaves_no_whole_dataset_and_is_repeated(tmp_path):
+    uri, calls = str(tmp_path / "captions"), []
+
+    def fail():
+        raise StageError("nothing came out")
+
+    with pytest.raises(StageError, match="nothing came out"):
+        run.make(uri, ORIGIN, fail)
+    with pytest.raises(DatasetError, match="not whole"):
+        storage.read_manifest(uri)
+    run.make(uri, ORIGIN, builder(calls))
+    assert calls == ["built"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_another_config_in_the_same_folder_is_refused_and_said(tmp_path, whole):
+    uri = str(tmp_path / "captions")
+    if whole:
+        run.make(uri, ORIGIN, builder([]))
+    else:
+        with pytest.raises(StageError):
+            run.make(uri, ORIGIN, lambda: (_ for _ in ()).throw(StageError("stopped")))
+    other = replace(ORIGIN, config={**ORIGIN.config, "count": 4})
+    with pytest.raises(DatasetError, match=r"captions.*count 3 there, 4 now.*--out.*delete"):
+        run.make(uri, other, builder([]))
+
+
+def test_another_source_is_refused_too(tmp_path):
+    uri = str(tmp_path / "pairs")
+    run.make(uri, replace(ORIGIN, sources={"triplets": "a"}), builder([]))
+    with pytest.raises(DatasetError, match="triplets 'a' there, 'b' now"):
+        run.make(uri, replace(ORIGIN, sources={"triplets": "b"}), builder([]))
+
+
+def test_an_unreadable_origin_names_its_file(tmp_path):
+    (tmp_path / run.ORIGIN).write_text("{", encoding="utf-8")
+    with pytest.raises(DatasetError, match=run.ORIGIN):
+        run.make(str(tmp_path), ORIGIN, builder([]))
+
+
+def test_notes_of_a_deleted_dataset_are_forgotten(tmp_path):
+    uri = str(tmp_path / "pairs")
+    notes = run.resume_folder(uri)
+    notes.mkdir(parents=True)
+    seen = []
+    run.make(uri, ORIGIN, lambda: seen.append(notes.exists()) or [])
+    assert seen == [False]
+
+
+def test_the_origin_is_written_before_the_rows(tmp_path):
+    uri, found = tmp_path / "captions", []
+
+    def build():
+        found.append(json.loads((uri / run.ORIGIN).read_text(encoding="utf-8")))
+        return []
+
+    run.make(str(uri), ORIGIN, build)
+    assert found[0]["digest"] == ORIGIN.digest
+    assert found[0]["config"] == {"count": 3, "range": [0.1, 0.9]}
+
+
+def test_a_folder_is_locked_against_a_second_run(tmp_path):
+    with run.locked(tmp_path / "out"):
+        with pytest.raises(StageError, match="another run"), run.locked(tmp_path / "out"):
+            pass
+    with run.locked(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "told"),
+    [
+        (None, 0, ""),
+        (ModelError("folder x is broken"), 1, "job: folder x is broken\n"),
+        (KeyboardInterrupt(), 130, "job: stopped; the same command goes on from here\n"),
+    ],
+)
+def test_a_job_ends_with_a_status_and_a_sentence(capsys, raised, status, told):
+    def work():
+        if raised is not None:
+            raise raised
+
+    assert run.guarded("job", work) == status
+    assert capsys.readouterr().err == told
+
+
+def test_a_bug_is_raised_and_not_told():
+    def work():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run.guarded("job", work)
+
+
+def test_the_own_error_behind_others_is_found():
+    try:
+        try:
+            raise ModelError("the cause")
+        except ModelError as error:
+            raise RuntimeError("a worker died") from error
+    except RuntimeError as error:
+        assert str(run.own_error(error)) == "the cause"
+    assert run.own_error(ValueError("else")) is None
+
+
+@pytest.mark.parametrize("changes", [{"actors": 0}, {"batch_size": 0}, {"cpus": -1}])
+def test_resources_that_cannot_be_are_refused(changes):
+    with pytest.raises(ConfigError):
+        run.Resources(**changes)
+
+
+def test_what_travels_to_workers_can_be_pickled():
+    for value in (ORIGIN, run.Resources()):
+        assert pickle.loads(pickle.dumps(value)) == value
