@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from ip2p_ray.report import duration
 
@@ -15,7 +16,6 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15.0
 """Seconds between two lines where the output is no terminal."""
-_POLL_S = 1.0
 
 
 class Progress:
@@ -55,10 +55,35 @@ class Progress:
 
 
 @contextmanager
-def shown(progress: Progress, poll: Callable[[], int]) -> Iterator[None]:
-    """While the block runs, `poll` is asked every second how much is done, and it is shown."""
+def shown(
+    progress: Progress,
+    poll: Callable[[], int],
+    *,
+    every_s: float = HEARTBEAT_S,
+    poll_s: float = 1.0,
+    screen: TextIO | None = None,
+) -> Iterator[None]:
+    """While the block runs, `poll` is asked now and then how much is done, and it is shown.
+
+    On `screen` (by default stderr) where that is a terminal, else in the log.
+    """
     stop = threading.Event()
-    thread = threading.Thread(target=_show, args=(progress, poll, stop), daemon=True)
+    screen = screen or sys.stderr
+
+    def show() -> None:
+        terminal = screen.isatty()
+        logged = time.monotonic()
+        while not stop.wait(poll_s):
+            progress.update(poll())
+            if terminal:
+                _rewrite(screen, progress.line())
+            elif time.monotonic() - logged >= every_s:
+                logged = time.monotonic()
+                logger.info("%s", progress.line())
+        if terminal:
+            _rewrite(screen, "")
+
+    thread = threading.Thread(target=show, daemon=True)
     thread.start()
     try:
         yield
@@ -67,20 +92,6 @@ def shown(progress: Progress, poll: Callable[[], int]) -> Iterator[None]:
         thread.join(timeout=10.0)
 
 
-def _show(progress: Progress, poll: Callable[[], int], stop: threading.Event) -> None:
-    terminal = sys.stderr.isatty()
-    shown_at = time.monotonic()
-    while not stop.wait(_POLL_S):
-        progress.update(poll())
-        if terminal:
-            _rewrite(progress.line())
-        elif time.monotonic() - shown_at >= HEARTBEAT_S:
-            shown_at = time.monotonic()
-            logger.info("%s", progress.line())
-    if terminal:
-        _rewrite("")
-
-
-def _rewrite(line: str) -> None:
-    sys.stderr.write(f"\r\x1b[K{line}")
-    sys.stderr.flush()
+def _rewrite(screen: TextIO, line: str) -> None:
+    screen.write(f"\r\x1b[K{line}")
+    screen.flush()

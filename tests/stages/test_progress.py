@@ -2,7 +2,6 @@ import io
 import logging
 import time
 
-from ip2p_ray.stages import progress
 from ip2p_ray.stages.progress import Progress, shown
 
 
@@ -29,28 +28,30 @@ def test_counts_only_rise_and_stay_within_the_total():
     assert "left" not in stage.line()
 
 
-def test_off_a_terminal_there_is_a_line_now_and_then(monkeypatch, caplog):
-    monkeypatch.setattr(progress, "HEARTBEAT_S", 0.02)
-    monkeypatch.setattr(progress, "_POLL_S", 0.01)
+def wait_until(holds):
+    deadline = time.monotonic() + 30
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_off_a_terminal_there_is_a_line_now_and_then(caplog):
     stage = Progress("pairs", total=10, unit="triplets")
-    with caplog.at_level(logging.INFO), shown(stage, lambda: 7):
-        deadline = time.monotonic() + 30
-        while not caplog.records and time.monotonic() < deadline:
-            time.sleep(0.01)
+    with (
+        caplog.at_level(logging.INFO),
+        shown(stage, lambda: 7, every_s=0.02, poll_s=0.01, screen=io.StringIO()),
+    ):
+        wait_until(lambda: caplog.records)
     assert caplog.messages[0].startswith("pairs: 7 of 10 triplets")
 
 
-def test_on_a_terminal_one_line_is_rewritten_and_then_removed(monkeypatch):
+def test_on_a_terminal_one_line_is_rewritten_and_then_removed():
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     terminal = Terminal()
-    monkeypatch.setattr(progress.sys, "stderr", terminal)
-    monkeypatch.setattr(progress, "_POLL_S", 0.01)
-    with shown(Progress("pairs", total=10, unit="triplets"), lambda: 7):
-        deadline = time.monotonic() + 30
-        while "7 of 10" not in terminal.getvalue() and time.monotonic() < deadline:
-            time.sleep(0.01)
+    stage = Progress("pairs", total=10, unit="triplets")
+    with shown(stage, lambda: 7, poll_s=0.01, screen=terminal):
+        wait_until(lambda: "7 of 10" in terminal.getvalue())
     assert "\r\x1b[Kpairs: 7 of 10 triplets" in terminal.getvalue()
     assert terminal.getvalue().endswith("\r\x1b[K")

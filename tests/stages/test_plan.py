@@ -1,0 +1,129 @@
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ip2p_ray import storage
+from ip2p_ray.errors import ModelError, StageError
+from ip2p_ray.stages import plan, run
+
+pytestmark = pytest.mark.ray
+
+SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
+ROWS = 24
+
+
+class Note:
+    """Adds 1 to each value, and a line to a file for each row it was given."""
+
+    def __init__(self, seen: str, fail_after: int | None = None) -> None:
+        self.seen, self.fail_after = Path(seen), fail_after
+
+    def __call__(self, batch):
+        for row in batch.to_pylist():
+            given = self.seen.read_text().splitlines() if self.seen.exists() else []
+            if self.fail_after is not None and len(given) >= self.fail_after:
+                time.sleep(5)  # what was given before is written meanwhile
+                raise ModelError("the weights are gone")
+            with self.seen.open("a") as file:
+                file.write(row["key"] + "\n")
+            yield pa.Table.from_pylist([{**row, "value": row["value"] + 1}], schema=SCHEMA)
+
+
+@pytest.fixture
+def source(tmp_path):
+    uri = str(tmp_path / "source")
+    keys = [f"{number:03d}" for number in range(ROWS)]
+    rows = pa.table({"key": keys, "value": list(range(ROWS))}, schema=SCHEMA)
+    run.make(
+        uri,
+        run.Origin(dataset="source", config={}),
+        lambda: storage.write_shard(uri, "a-0", rows) or [],
+    )
+    return uri
+
+
+def note(tmp_path, **arguments):
+    resources = run.Resources(actors=1, cpus=0.25, batch_size=2)
+    arguments["seen"] = str(tmp_path / "seen")
+    return plan.Step(callable=Note, arguments=arguments, resources=resources)
+
+
+def stream(source, uri, steps):
+    plan.stream(
+        plan.shards(source),
+        uri,
+        key="key",
+        schema=SCHEMA,
+        steps=steps,
+        unit="rows",
+        rows_per_block=2,
+    )
+
+
+def rows_of(uri):
+    return sorted(
+        (row["key"], row["value"])
+        for shard in storage.list_shards(uri)
+        for row in pq.read_table(shard).to_pylist()
+    )
+
+
+def test_every_row_passes_every_step_once_in_small_blocks(local_ray, source, tmp_path):
+    uri = str(tmp_path / "out")
+    stream(source, uri, [note(tmp_path), note(tmp_path)])
+    assert rows_of(uri) == [(f"{number:03d}", number + 2) for number in range(ROWS)]
+    assert len(storage.list_shards(uri)) == ROWS // 2
+
+
+def test_a_plan_that_failed_goes_on_where_it_stopped(local_ray, source, tmp_path):
+    uri = str(tmp_path / "out")
+    with pytest.raises(Exception, match="the weights are gone") as caught:
+        stream(source, uri, [note(tmp_path, fail_after=10)])
+    assert str(run.own_error(caught.value)) == "the weights are gone"
+    written = {key for key, _ in rows_of(uri)}
+    assert written
+    before = (tmp_path / "seen").read_text().splitlines()
+    stream(source, uri, [note(tmp_path)])
+    assert rows_of(uri) == [(f"{number:03d}", number + 1) for number in range(ROWS)]
+    again = (tmp_path / "seen").read_text().splitlines()[len(before) :]
+    assert not written & set(again), "a written row was made again"
+    assert sorted(written | set(again)) == [f"{number:03d}" for number in range(ROWS)]
+
+
+def test_a_plan_that_is_done_makes_nothing_again(local_ray, source, tmp_path):
+    uri = str(tmp_path / "out")
+    stream(source, uri, [note(tmp_path)])
+    stream(source, uri, [note(tmp_path)])
+    assert len((tmp_path / "seen").read_text().splitlines()) == ROWS
+    assert len(rows_of(uri)) == ROWS
+
+
+def test_rows_that_were_written_twice_are_removed(local_ray, source, tmp_path):
+    uri = str(tmp_path / "out")
+    stream(source, uri, [note(tmp_path)])
+    first = Path(storage.list_shards(uri)[0])
+    (first.parent / "zz-copy.parquet").write_bytes(first.read_bytes())
+    stream(source, uri, [note(tmp_path)])
+    assert len(rows_of(uri)) == ROWS
+
+
+def test_rows_that_are_missing_fail_the_stage(local_ray, source, tmp_path):
+    uri = str(tmp_path / "out")
+    stream(source, uri, [note(tmp_path)])
+    Path(storage.list_shards(uri)[0]).unlink()
+    with pytest.raises(StageError, match="22 of 24 rows"):
+        stream(source, uri, [note(tmp_path)])
+
+
+def test_no_rows_need_no_plan(local_ray, tmp_path):
+    empty, uri = str(tmp_path / "empty"), str(tmp_path / "out")
+    run.make(
+        empty,
+        run.Origin(dataset="source", config={}),
+        lambda: storage.write_shard(empty, "a-0", SCHEMA.empty_table()) or [],
+    )
+    stream(empty, uri, [note(tmp_path)])
+    assert storage.list_shards(uri) == []
