@@ -56,4 +56,4 @@ def main(job: Quickstart) -> int:
 if __name__ == "__main__":
     import tyro
 
-    sys.exit(main(tyro.cli(Quickstart)))
+    sys.exit(main(tyro.cli(Quickstart, config=(tyro.conf.FlagCreatePairsOff,))))

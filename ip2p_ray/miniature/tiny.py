@@ -87,11 +87,12 @@ def true_edit(caption: str) -> tuple[str, str]:
 
 
 def _generator(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> StableDiffusion:
-    """8x8 latents of 8 channels, as the real one, with self- and cross-attention at one level."""
+    """8x8 latents, as the real one's, and a UNet with attention at one of its two levels."""
+    config = autoencoder.AutoencoderConfig(channels=(8, 8, 8, 8))
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=8,
-        out_channels=8,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(16, 16),
@@ -100,10 +101,9 @@ def _generator(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> StableD
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    vae = autoencoder.build(autoencoder.AutoencoderConfig(channels=(8, 8, 8, 8)))
     return StableDiffusion(
         unet=unet.eval(),
-        vae=vae.eval(),
+        vae=autoencoder.build(config).eval(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         schedule=NoiseSchedule.from_config(generator.SCHEDULER),

@@ -174,13 +174,15 @@ def score_answers(answers: str, config: EvaluationConfig) -> dict[str, dict[str,
     copied, and of chance: a true picture of any edit of the scene."""
     tasks = scores.edit_tasks(config.tasks, config.seed)
     rows = read_answers(answers)
-    found = {}
-    for answerer in (evaluation.EDITOR, evaluation.SHIPPED, evaluation.GENERATOR_ONLY):
-        own = usual_answers(rows, answerer)
-        found[answerer] = _two(scores.score_edits(_pictures(own, "edited_image"), tasks))
-    found["copy_input"] = _two(scores.score_edits(scores.source_pictures(tasks), tasks))
-    guesses = _two(scores.score_edits(_guesses(tasks, config.seed), tasks))
-    found["chance"] = {**guesses, "forced_choice_accuracy": scores.chance(tasks)}
+    pictures = {
+        answerer: _pictures(usual_answers(rows, answerer), "edited_image")
+        for answerer in (evaluation.EDITOR, evaluation.SHIPPED, evaluation.GENERATOR_ONLY)
+    }
+    pictures["copy_input"] = scores.source_pictures(tasks)
+    pictures["chance"] = _guesses(tasks, config.seed)
+    found = {name: _two(scores.score_edits(made, tasks)) for name, made in pictures.items()}
+    # Its expectation, not the luck of these guesses.
+    found["chance"]["forced_choice_accuracy"] = scores.chance(tasks)
     return found
 
 
@@ -192,7 +194,8 @@ def read_answers(answers: str) -> list[dict[str, Any]]:
 
 def usual_answers(rows: list[dict[str, Any]], answerer: str) -> list[dict[str, Any]]:
     """The answers of one answerer at the scale that every answerer was asked at, by task."""
-    scales = {row["image_guidance_scale"] for row in rows if row["answerer"] == "generator_only"}
+    alone = (row for row in rows if row["answerer"] == evaluation.GENERATOR_ONLY)
+    scales = {row["image_guidance_scale"] for row in alone}
     return [
         row
         for row in rows

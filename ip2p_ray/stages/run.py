@@ -94,8 +94,9 @@ def local_ray(*, workers: int) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    for name in ("ray.data", "ray.train", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("ray", "ray.data", "ray.train"):
+        # Whatever fails is raised as well; Ray would log it with its traceback before.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -204,7 +205,8 @@ def guarded(name: str, work: Callable[[], object]) -> int:
         told = own_error(error)
         if told is None:
             raise
-        print(f"{name}: {told}", file=sys.stderr)
+        # Ray adds lines of its own to what an actor raised.
+        print(f"{name}: {str(told).splitlines()[0]}", file=sys.stderr)
         return 1
     return 0
 

@@ -82,7 +82,7 @@ def test_a_plan_that_failed_goes_on_where_it_stopped(local_ray, source, tmp_path
     uri = str(tmp_path / "out")
     with pytest.raises(Exception, match="the weights are gone") as caught:
         stream(source, uri, [note(tmp_path, fail_after=10)])
-    assert str(run.own_error(caught.value)) == "the weights are gone"
+    assert str(run.own_error(caught.value)).startswith("the weights are gone")
     written = {key for key, _ in rows_of(uri)}
     assert written
     before = (tmp_path / "seen").read_text().splitlines()

@@ -1,0 +1,182 @@
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+JOB = ROOT / "jobs" / "quickstart.py"
+
+FLAGS = {
+    "--out",
+    "--seed",
+    "--captions",
+    "--candidates",
+    "--train-steps",
+    "--workers",
+    "--smoke",
+    "--weights",
+}
+"""Public: a flag that goes away, or changes its name, breaks somebody's command."""
+
+
+def run_job(*arguments, timeout=60):
+    return subprocess.run(
+        [sys.executable, str(JOB), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+    )
+
+
+def test_the_flags_are_those_that_were_promised():
+    done = run_job("--help")
+    assert done.returncode == 0
+    assert set(re.findall(r"--[a-z][a-z-]+", done.stdout)) - {"--help"} == FLAGS
+
+
+def test_help_and_bad_flags_need_no_heavy_library():
+    """What is imported before the command line is parsed."""
+    code = (
+        "import runpy, sys; sys.argv = ['quickstart.py', '--help']\n"
+        f"try: runpy.run_path({str(JOB)!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'ray', 'torch', 'diffusers', 'transformers', 'open_clip', 'pyarrow'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--captoins", "3"], "--captoins"),
+        (["--captions", "many"], "--captions"),
+        (["--captions", "0"], "--captions is at least 1"),
+        (["--train-steps", "-3"], "--train-steps is at least 1"),
+        (["--seed", "-1"], "--seed lies in"),
+        (["--workers"], "--workers"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_a_bad_flag_ends_in_status_2_and_a_sentence(arguments, told):
+    done = run_job(*arguments)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+def test_a_missing_weights_folder_is_named_in_one_sentence(tmp_path):
+    done = run_job("--weights", tmp_path / "none", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"quickstart: the miniature's weights folder {tmp_path / 'none'} does not exist\n"
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "part",
+    [
+        "generator/unet/diffusion_pytorch_model.safetensors",
+        "writer/model.safetensors",
+        "judge/open_clip_model.safetensors",
+    ],
+)
+def test_broken_weights_are_named_in_one_sentence(tiny_weights, tmp_path, part):
+    folder = tmp_path / "weights"
+    shutil.copytree(tiny_weights, folder)
+    whole = (folder / part).read_bytes()
+    (folder / part).write_bytes(whole[: len(whole) // 2])
+    done = run_job("--weights", folder, "--out", tmp_path / "out", timeout=120)
+    assert done.returncode == 1
+    assert str(folder) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def slow_weights(tiny_weights, tmp_path):
+    """Weights whose candidates take a while, so that a run can be stopped among them."""
+    folder = tmp_path / "weights"
+    shutil.copytree(tiny_weights, folder)
+    pairs = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
+    (folder / "pairs.json").write_text(json.dumps({**pairs, "steps": 100, "keep": 8}))
+    return folder
+
+
+def start_until(command, reached, limit_s=240):
+    """The running job, once `reached()` holds."""
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    deadline = time.monotonic() + limit_s
+    while not reached():
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return job
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_is_stopped_and_killed_ends_as_an_undisturbed_one(slow_weights, tmp_path):
+    from ip2p_ray import storage
+    from ip2p_ray.schema import CANDIDATES, LATENTS, PAIRS, TRIPLETS, pair_key
+
+    out = tmp_path / "out"
+    arguments = ["--out", out, "--weights", slow_weights, "--captions", 8, "--candidates", 8]
+    arguments += ["--train-steps", 80]
+    command = [sys.executable, str(JOB), *map(str, arguments)]
+
+    def candidates():
+        return len(list((out / "candidates").glob("*.parquet")))
+
+    job = start_until(command, lambda: candidates() >= 1)
+    job.send_signal(signal.SIGINT)
+    _, told = job.communicate(timeout=120)
+    assert job.returncode == 130
+    assert "the same command goes on" in told
+    assert not (out / "candidates" / "_manifest.json").exists()
+
+    before = candidates()
+    job = start_until(command, lambda: candidates() >= before + 1)
+    job.kill()
+    job.communicate(timeout=60)
+    job = start_until(command, lambda: any((out / "checkpoints").glob("step-*")))
+    job.kill()
+    job.communicate(timeout=60)
+    assert not (out / "checkpoints" / "_manifest.json").exists()
+
+    done = run_job(*command[2:], timeout=600)
+    assert done.returncode == 0, done.stderr
+    triplets = storage.read_dataset(str(out / "triplets"), TRIPLETS).to_pylist()
+    rows = storage.read_dataset(str(out / "candidates"), CANDIDATES).to_pylist()
+    assert sorted(row["triplet_key"] for row in rows) == sorted(
+        row["triplet_key"] for row in triplets
+    )
+    expected = sorted(
+        pair_key(row["triplet_key"], index, row["recipe"]) for row in rows for index in range(8)
+    )
+    pairs = storage.read_dataset(str(out / "pairs"), PAIRS).to_pylist()
+    assert sorted(row["pair_key"] for row in pairs) == expected
+    latents = storage.read_dataset(str(out / "latents"), LATENTS).to_pylist()
+    train = sorted(row["pair_key"] for row in pairs if row["split"] == "train")
+    assert sorted(row["pair_key"] for row in latents) == train
+    assert (out / "report.html").stat().st_size > 0
+    assert [path for path in out.rglob("*") if path.name.endswith((".partial", ".tmp"))] == []
+    assert list((out / ".resume").iterdir()) == []
+
+    again = run_job(*command[2:], timeout=300)
+    assert again.returncode == 0
+    assert "candidates: there already" in again.stdout
+    assert "jobs/edit.py --image" in again.stdout.splitlines()[-1]
