@@ -19,6 +19,15 @@ TEMPLATE = "report.html.jinja"
 COLOURS = ("#2f6fde", "#c8553d", "#3a8f5c", "#8a5cc2")
 """Of the series of a plot; legible on white and on black."""
 
+ANSWERERS = {
+    "editor": "the editor trained here",
+    "shipped_editor": "the shipped editor",
+    "copy_input": "the input, left as it was",
+    "generator_only": "the generator, from the edited caption alone",
+    "chance": "chance",
+}
+"""How the table of scores names the keys of metrics.json."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShownPair:
@@ -71,7 +80,7 @@ def page(
     return environment.from_string(source).render(
         title=title,
         metrics=metrics,
-        scored=[name for name, value in metrics.items() if _is_score(value)],
+        scored={label: metrics[name] for name, label in ANSWERERS.items() if name in metrics},
         pairs=pairs,
         edits=edits,
         curve=plot(
@@ -83,8 +92,8 @@ def page(
                 )
                 for name, points in curves.items()
             ],
-            x_label="image similarity: how much of the picture was kept",
-            y_label="direction similarity: how much of the edit was made",
+            x_label="image similarity: the picture is kept",
+            y_label="direction similarity: the edit is made",
         ),
         loss=plot([Series("loss", losses)], x_label="optimizer step", y_label="loss"),
         command=command,
@@ -125,9 +134,8 @@ def plot(
         parts.append(_text(left - 6, y + 4, f"{tick:g}", "end"))
     parts.append(_text((left + width - right) / 2, height - 8, x_label, "middle"))
     middle = (top + height - bottom) / 2
-    parts.append(
-        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{y_label}</text>'
-    )
+    turned = f'transform="translate(14 {middle}) rotate(-90)" text-anchor="middle"'
+    parts.append(f"<text {turned}>{y_label}</text>")
     for number, line in enumerate(series):
         parts += _drawn(line, [place(*point) for point in line.points], COLOURS[number % 4])
         parts.append(
@@ -166,10 +174,6 @@ def _ticks(values: Sequence[float]) -> list[float]:
     first = math.floor(low / step)
     last = math.ceil(high / step)
     return [round(number * step, 10) for number in range(first, last + 1)]
-
-
-def _is_score(value: object) -> bool:
-    return isinstance(value, Mapping) and "forced_choice_accuracy" in value
 
 
 def _data_uri(data: bytes) -> str:

@@ -1,7 +1,7 @@
 """Edit one picture as a sentence tells it; no Ray, no network.
 
-    python jobs/edit.py --image boat.png --instruction "make it night"
-    python jobs/edit.py --image boat.png --instruction "make it night" --model runs/quickstart/editor
+python jobs/edit.py --image boat.png --instruction "make it night"
+python jobs/edit.py --image boat.png --instruction "make it night" --model runs/quickstart/editor
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ class Quickstart:
     """Folder for everything that is made; an unfinished run in it is continued."""
     seed: int = 0
     """Of captions, replies, training and evaluation."""
-    captions: int = 96
+    captions: int = 200
     """Captions to begin with."""
     candidates: int = 4
     """Candidate pairs of each triplet."""
-    train_steps: int = 400
+    train_steps: int = 1000
     """Optimizer steps of the editor."""
     workers: int = 2
     """Processes that compute at the same time; the machine's cores are shared among them."""

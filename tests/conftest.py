@@ -17,10 +17,12 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items):
-    """Warnings are errors, but Ray's own are not ours to mend."""
+    """Warnings are errors, but Ray's own are not ours to mend; and Ray is slow to start."""
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +65,7 @@ def made(local_ray, tiny_weights, tmp_path_factory):
 
     preset = presets.miniature(tiny_weights)
     preset = replace(preset, training=replace(preset.training, steps=9, batch_size=4))
-    questions = EvaluationConfig(
-        tasks=3, shown=2, curve_tasks=2, image_guidance_scales=(1.0, 1.5)
-    )
+    questions = EvaluationConfig(tasks=3, shown=2, curve_tasks=2, image_guidance_scales=(1.0, 1.5))
     folder = tmp_path_factory.mktemp("made")
     make_datasets(str(folder), preset, questions, captions=10, seed=0, workers=2)
     return Made(folder, preset, questions, captions=10)

@@ -52,7 +52,7 @@ class EditingConfig:
     sampling_steps: int = 12
     guidance_scale: tuple[float, float] = (2.0, 4.0)
     self_replace: tuple[float, float] = (0.0, 0.8)
-    steps: int = 5_000
+    steps: int = 2_000
     """Optimizer steps of the editor."""
     batch_size: int = 64
     learning_rate: float = 5e-4

@@ -49,6 +49,7 @@ class AnswerQuestions:
         self._loaded: dict[str, Editor | StableDiffusion] = {}
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """A table for each answerer that is asked in the batch."""
         rows = batch.select(QUESTIONS.names).to_pylist()
         for answerer in sorted({row["answerer"] for row in rows}):
             asked = [row for row in rows if row["answerer"] == answerer]
@@ -101,6 +102,7 @@ class JudgeAnswers:
         self._clip = Clip.load(judge)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        """The batch with its four similarities."""
         rows = batch.to_pylist()
         similarities = self._clip.similarities(
             _pictures(rows, "source_image"),
@@ -170,16 +172,23 @@ def evaluate_editor(
 
 
 def score_answers(answers: str, config: EvaluationConfig) -> dict[str, dict[str, float]]:
-    """forced_choice_accuracy and preservation_error of every answerer but the start, of the input
-    copied, and of chance: a true picture of any edit of the scene."""
+    """forced_choice_accuracy and preservation_error by who answered all tasks.
+
+    Beside the answerers stand the copied input, and chance: the true picture of any edit.
+    """
     tasks = scores.edit_tasks(config.tasks, config.seed)
     rows = read_answers(answers)
+
+    def answered(answerer: str) -> Pictures:
+        return _pictures(usual_answers(rows, answerer), "edited_image")
+
     pictures = {
-        answerer: _pictures(usual_answers(rows, answerer), "edited_image")
-        for answerer in (evaluation.EDITOR, evaluation.SHIPPED, evaluation.GENERATOR_ONLY)
+        evaluation.EDITOR: answered(evaluation.EDITOR),
+        evaluation.SHIPPED: answered(evaluation.SHIPPED),
+        "copy_input": scores.source_pictures(tasks),
+        evaluation.GENERATOR_ONLY: answered(evaluation.GENERATOR_ONLY),
+        "chance": _guesses(tasks, config.seed),
     }
-    pictures["copy_input"] = scores.source_pictures(tasks)
-    pictures["chance"] = _guesses(tasks, config.seed)
     found = {name: _two(scores.score_edits(made, tasks)) for name, made in pictures.items()}
     # Its expectation, not the luck of these guesses.
     found["chance"]["forced_choice_accuracy"] = scores.chance(tasks)
@@ -197,9 +206,7 @@ def usual_answers(rows: list[dict[str, Any]], answerer: str) -> list[dict[str, A
     alone = (row for row in rows if row["answerer"] == evaluation.GENERATOR_ONLY)
     scales = {row["image_guidance_scale"] for row in alone}
     return [
-        row
-        for row in rows
-        if row["answerer"] == answerer and row["image_guidance_scale"] in scales
+        row for row in rows if row["answerer"] == answerer and row["image_guidance_scale"] in scales
     ]
 
 

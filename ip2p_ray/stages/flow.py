@@ -17,7 +17,7 @@ from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.stages.evaluation import Answerers, evaluate_editor
 from ip2p_ray.stages.latents import encode_latents
 from ip2p_ray.stages.pairs import generate_pairs
-from ip2p_ray.stages.report import Written, edit_command, write_report
+from ip2p_ray.stages.report import Written, edit_command, shown, write_report
 from ip2p_ray.stages.run import Resources, local_ray, locked
 from ip2p_ray.stages.training import train_editor
 from ip2p_ray.stages.triplets import TripletConfig, write_triplets
@@ -61,13 +61,11 @@ def run_all(
     )
     out = out.absolute()
     with locked(out), local_ray(workers=workers):
-        make_datasets(
-            str(out), preset, questions, captions=captions, seed=seed, workers=workers
-        )
+        make_datasets(str(out), preset, questions, captions=captions, seed=seed, workers=workers)
         written = write_report(str(out), questions, seed=seed)
-    logger.info("done in %s; look at %s", duration(time.monotonic() - began), written.report)
-    logger.info("the scores are in %s; now edit a picture:", written.metrics)
-    logger.info("    %s", edit_command(out, written))
+    logger.info("done in %s", duration(time.monotonic() - began))
+    logger.info("look at %s; the scores are in %s", shown(written.report), shown(written.metrics))
+    logger.info("edit a picture: %s", edit_command(out, written))
     return written
 
 

@@ -26,6 +26,7 @@ class EncodePairs:
         self._model = StableDiffusion.load(generator)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        """A row of latents for each pair of the batch."""
         rows = batch.to_pylist()
         source, edited = (
             np.stack([np.asarray(decode_image(row[name]["bytes"])) for row in rows])
@@ -59,9 +60,7 @@ def encode_latents(
         sources={"pairs": storage.read_manifest(pairs).recipe},
     )
     sources = plan.shards(pairs, "train-")
-    step = plan.Step(
-        callable=EncodePairs, arguments={"generator": generator}, resources=resources
-    )
+    step = plan.Step(callable=EncodePairs, arguments={"generator": generator}, resources=resources)
 
     def encode() -> list[Report]:
         if not plan.count_rows(sources):

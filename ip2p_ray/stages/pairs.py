@@ -51,6 +51,7 @@ class GenerateCandidates:
         self._config, self._recipe, self._batch_size = config, recipe, batch_size
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """A table for each triplet of the batch."""
         rows = batch.select(TRIPLETS.names).to_pylist()
         requests = [request for row in rows for request in self._requests(row)]
         made: list[dict[str, Any]] = []
@@ -89,6 +90,7 @@ class JudgeCandidates:
         self._config = config
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """A table for each triplet of the batch."""
         for row in batch.to_pylist():
             self._judge(row)
             yield pa.Table.from_pylist([row], schema=CANDIDATES)
@@ -131,9 +133,7 @@ def generate_pairs(
     candidates = storage.join(folder, "candidates")
     makers = {role: models[role] for role in ("generator", "judge")}
     sources = {"triplets": storage.read_manifest(triplets).recipe}
-    origin = run.Origin(
-        dataset="candidates", config=asdict(config), models=makers, sources=sources
-    )
+    origin = run.Origin(dataset="candidates", config=asdict(config), models=makers, sources=sources)
     # What an actor makes at a time, and so what a kill can cost it.
     rows = max(1, resources.batch_size // config.candidates)
     steps = _steps(generator, judge, config, recipe(config, *makers.values()), rows, resources)

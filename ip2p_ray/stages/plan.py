@@ -69,10 +69,10 @@ def stream(
     resume = run.resume_folder(uri)
     resume.mkdir(parents=True, exist_ok=True)
     blocks = -(-rows // rows_per_block)
-    already = count_rows(filter(_is_committed, resume.glob("*.parquet")))
+    already = count_rows(note for note in resume.glob("*.parquet") if _is_committed(note))
     progress = Progress(name, total=rows, unit=unit, done=already)
     with counted(progress) as tally, ray.data.DataContext.current(_context(key, resume)):
-        data = ray.data.read_parquet(
+        data: Any = ray.data.read_parquet(
             list(sources), override_num_blocks=blocks, num_cpus=TASK_CPUS
         )
         for step in steps:

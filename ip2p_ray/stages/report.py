@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +100,22 @@ def write_report(folder: str, config: EvaluationConfig, *, seed: int) -> Written
 
 def edit_command(root: Path, written: Written) -> str:
     """What to type to edit the example with the editor that was just trained."""
-    return (
-        f'python jobs/edit.py --image {written.example} --instruction "{written.instruction}" '
-        f"--model {root / 'editor'}"
+    python, example, editor = (
+        shlex.quote(shown(path)) for path in (_python(), written.example, root / "editor")
     )
+    asked = f'--image {example} --instruction "{written.instruction}" --model {editor}'
+    return f"{python} jobs/edit.py {asked}"
+
+
+def _python() -> Path:
+    """The interpreter as it would be typed: by its path where it lies below this folder."""
+    found = Path(sys.executable)
+    return found if found.is_relative_to(Path.cwd()) else Path("python")
+
+
+def shown(path: Path) -> str:
+    """The path as it would be typed in this folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _shown_pairs(pairs: str) -> list[ShownPair]:

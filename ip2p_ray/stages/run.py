@@ -45,8 +45,7 @@ class Resources:
     def __post_init__(self) -> None:
         if self.actors < 1 or self.batch_size < 1:
             raise ConfigError(
-                "actors and batch_size are at least 1, "
-                f"got {self.actors} and {self.batch_size}"
+                f"actors and batch_size are at least 1, got {self.actors} and {self.batch_size}"
             )
         if self.cpus < 0 or self.gpus < 0:
             raise ConfigError(f"cpus and gpus are not negative, got {self.cpus} and {self.gpus}")
@@ -73,8 +72,7 @@ class Origin:
 
 @contextmanager
 def local_ray(*, workers: int) -> Iterator[None]:
-    """A Ray for the block: that of RAY_ADDRESS, else a small one of this machine, not reachable
-    from others.
+    """A Ray for the block: that of RAY_ADDRESS, else a small one that only this machine reaches.
 
     `workers` processes compute at the same time and share the machine's cores.
     """
@@ -180,17 +178,19 @@ def _check_origin(uri: str, origin: Origin) -> None:
 
 
 def resume_folder(uri: str) -> Path:
-    """Where Ray Data notes which rows are written; beside the dataset, whose files it may delete
-    after a kill by the names of their notes."""
+    """Where Ray Data notes which rows of the dataset are written.
+
+    Not in the dataset's folder: there it deletes, after a kill, whatever is named as its notes are.
+    """
     path = storage.local_path(uri).absolute()
     return path.parent / RESUME / path.name
 
 
 def guarded(name: str, work: Callable[[], object]) -> int:
-    """The exit status of a job: 0 when `work` is done, 1 for an error of this package, which is
-    told as one sentence, 130 for Ctrl-C. Anything else is a bug and is raised.
+    """The exit status of a job: 0 for done, 1 for an error of this package, 130 for Ctrl-C.
 
-    Logging is set up here, once: this package's lines, and of other libraries only errors.
+    Either is told in one sentence; anything else is a bug and is raised. Logging is set up here,
+    once: this package's lines, and of other libraries only errors.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     logging.getLogger().setLevel(logging.ERROR)
@@ -199,14 +199,14 @@ def guarded(name: str, work: Callable[[], object]) -> int:
     try:
         work()
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command goes on from here", file=sys.stderr)
+        sys.stderr.write(f"{name}: stopped; the same command goes on from here\n")
         return 130
     except Exception as error:
         told = own_error(error)
         if told is None:
             raise
         # Ray adds lines of its own to what an actor raised.
-        print(f"{name}: {str(told).splitlines()[0]}", file=sys.stderr)
+        sys.stderr.write(f"{name}: {str(told).splitlines()[0]}\n")
         return 1
     return 0
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import ray
@@ -31,7 +32,7 @@ from ip2p_ray.latents import LatentDataset
 from ip2p_ray.report import Report
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.progress import Progress
-from ip2p_ray.training.loop import Metrics, TrainConfig, start, train
+from ip2p_ray.training.loop import TrainConfig, start, train
 
 METRICS = "metrics.jsonl"
 
@@ -76,7 +77,7 @@ def train_editor(
         checkpoints=str(checkpoints),
         editor=str(root / "editor"),
         editing=editing,
-        report_every=max(1, config.steps // 8),
+        report_every=max(1, config.steps // 12),
     )
     origin = run.Origin(
         dataset="checkpoints",
@@ -88,7 +89,10 @@ def train_editor(
 
 
 def read_metrics(checkpoints: str | Path) -> list[dict[str, Any]]:
-    """What the run measured, a dictionary of `training.loop.Metrics` each some steps."""
+    """What the run measured: `training.loop.Metrics` as dictionaries, one for each report.
+
+    The loss is the mean since the report before.
+    """
     path = Path(checkpoints) / METRICS
     if not path.exists():
         return []
@@ -147,14 +151,18 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
         wrap=_parallel if world_size > 1 else None,
         state=state,
     )
+    losses: list[float] = []
     for metrics in steps:
+        losses.append(metrics.loss)
         if rank == 0:
             arguments["tally"].add.remote(1)
         if metrics.step % told.report_every == 0 or metrics.step == told.config.steps:
+            noted = {**asdict(metrics), "loss": fmean(losses)}
+            losses.clear()
             if rank == 0:
                 save_checkpoint(told.checkpoints, state)
-                _note(told.checkpoints, metrics)
-            ray.train.report(asdict(metrics))
+                _note(told.checkpoints, noted)
+            ray.train.report(noted)
     if rank == 0:
         export_editor(model, state.ema, told.editor, asdict(told.editing))
     if world_size > 1:
@@ -166,9 +174,9 @@ def _parallel(unet: torch.nn.Module) -> torch.nn.Module:
     return wrapped
 
 
-def _note(checkpoints: str, metrics: Metrics) -> None:
+def _note(checkpoints: str, metrics: Mapping[str, float]) -> None:
     with (Path(checkpoints) / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(metrics)) + "\n")
+        file.write(json.dumps(metrics) + "\n")
 
 
 def _forget_after(checkpoints: str, step: int) -> None:

@@ -52,6 +52,7 @@ class WriteReplies:
         self._seed = seed
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        """A reply to each caption of the batch, parsed."""
         rows = batch.select(CAPTIONS.names).to_pylist()
         replies = self._writer.write([row["caption"] for row in rows], seed=self._seed)
         for row, reply in zip(rows, replies, strict=True):
@@ -131,9 +132,7 @@ def _write_triplets(
             split = split_of(key, config.held_out)
             rows.append({**row, "triplet_key": key, "split": split, "writer": writer})
     rows.sort(key=lambda row: str(row["triplet_key"]))
-    report = Report.count(
-        "triplets", [reason for _, reason in judged], time.monotonic() - began
-    )
+    report = Report.count("triplets", [reason for _, reason in judged], time.monotonic() - began)
     if not rows:
         raise StageError(f"triplets: no reply was usable: {report.line()}")
     storage.write_shard(triplets, "triplets-00000", pa.Table.from_pylist(rows, schema=TRIPLETS))

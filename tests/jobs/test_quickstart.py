@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import signal
@@ -32,6 +33,7 @@ def run_job(*arguments, timeout=60):
         text=True,
         timeout=timeout,
         cwd=ROOT,
+        env={**os.environ, "COLUMNS": "400"},  # no sentence is broken by the frame around it
     )
 
 
@@ -179,4 +181,4 @@ def test_a_run_that_is_stopped_and_killed_ends_as_an_undisturbed_one(slow_weight
     again = run_job(*command[2:], timeout=300)
     assert again.returncode == 0
     assert "candidates: there already" in again.stdout
-    assert "jobs/edit.py --image" in again.stdout.splitlines()[-1]
+    assert "python jobs/edit.py --image" in again.stdout.splitlines()[-1]

@@ -81,8 +81,8 @@ def test_the_report_stands_alone(made):
     assert list(metrics) == [
         "editor",
         "shipped_editor",
-        "generator_only",
         "copy_input",
+        "generator_only",
         "chance",
         "funnel",
         "seconds",

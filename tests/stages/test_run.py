@@ -92,9 +92,12 @@ def test_the_origin_is_written_before_the_rows(tmp_path):
 
 
 def test_a_folder_is_locked_against_a_second_run(tmp_path):
-    with run.locked(tmp_path / "out"):
-        with pytest.raises(StageError, match="another run"), run.locked(tmp_path / "out"):
-            pass
+    with (
+        run.locked(tmp_path / "out"),
+        pytest.raises(StageError, match="another run"),
+        run.locked(tmp_path / "out"),
+    ):
+        pass
     with run.locked(tmp_path / "out"):
         pass
 
@@ -125,13 +128,9 @@ def test_a_bug_is_raised_and_not_told():
 
 
 def test_the_own_error_behind_others_is_found():
-    try:
-        try:
-            raise ModelError("the cause")
-        except ModelError as error:
-            raise RuntimeError("a worker died") from error
-    except RuntimeError as error:
-        assert str(run.own_error(error)) == "the cause"
+    error = RuntimeError("a worker died")
+    error.__cause__ = ModelError("the cause")
+    assert str(run.own_error(error)) == "the cause"
     assert run.own_error(ValueError("else")) is None
 
 
