@@ -193,7 +193,7 @@ def train_editor(
         decay="cosine",
         max_grad_norm=1.0,
         ema_decay=0.998,
-        flips=False,
+        flips=True,
         seed=seed,
         channels_last=True,
     )

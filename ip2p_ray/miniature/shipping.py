@@ -39,7 +39,7 @@ EDITOR_SETTINGS: dict[str, Any] = {
 }
 """EditSettings of the shipped editor: the paper's scales are for 512 pixels and real pictures."""
 
-TASKS = 512
+TASKS = 256
 """Held-out edits that an editor is scored on."""
 
 
@@ -76,7 +76,10 @@ def score(folder: Path, *, seed: int, device: str) -> dict[str, Any]:
 
 
 def ship(folder: Path, config: EditingConfig, *, command: str) -> Path:
-    """Write `folder`/weights: float16 safetensors, thresholds, settings, scores, model card."""
+    """Write `folder`/weights: float16 safetensors, thresholds, settings, scores, model card.
+
+    What `folder`/notes.md says goes into the card: how the weights came about otherwise.
+    """
     target = folder / ".weights.partial"
     shutil.rmtree(target, ignore_errors=True)
     for part in ("writer", "judge", "generator", "editor"):
@@ -92,7 +95,9 @@ def ship(folder: Path, config: EditingConfig, *, command: str) -> Path:
     _write(target / PAIRS_FILE, pairs)
     _write(target / "editor" / EDITOR_DEFAULTS, EDITOR_SETTINGS)
     _write(target / "scores.json", records["scores"])
-    (target / "README.md").write_text(_card(records, command, target), encoding="utf-8")
+    own = folder / "notes.md"
+    notes = own.read_text(encoding="utf-8") + "\n" if own.exists() else ""
+    (target / "README.md").write_text(_card(records, command, target, notes), encoding="utf-8")
     shutil.rmtree(folder / "weights", ignore_errors=True)
     return target.rename(folder / "weights")
 
@@ -114,7 +119,7 @@ def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _card(records: dict[str, Any], command: str, folder: Path) -> str:
+def _card(records: dict[str, Any], command: str, folder: Path, notes: str) -> str:
     """The model card: what it is, how it was made, how well it does."""
     scores_ = records["scores"]
     pairs = records["pairs"]
@@ -125,9 +130,11 @@ def _card(records: dict[str, Any], command: str, folder: Path) -> str:
         f"{module.__name__} {module.__version__}"
         for module in (torch, diffusers, transformers, open_clip)
     )
+    trainings = ("autoencoder", "decoder", "judge", "writer", "generator", "editor")
     steps = "\n".join(
         f"| {name} | {int(records[name]['steps']):,} | {records[name]['seconds'] / 60:.0f} |"
-        for name in ("autoencoder", "decoder", "judge", "writer", "generator", "editor")
+        for name in trainings
+        if name in records
     )
     rows = "\n".join(
         f"| {label} | {_percent(scores_[key]['forced_choice_accuracy'])} "
@@ -160,7 +167,8 @@ Made by `{command}` ({platform.machine()} CPU; {versions}).
 |---|---|---|
 {steps}
 
-Held-out scenes show combinations of subject, colour and setting that no training picture has.
+{notes}Held-out scenes show combinations of subject, colour and setting that no training picture
+has.
 
 | score, held-out | measured | goal |
 |---|---|---|

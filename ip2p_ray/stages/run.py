@@ -76,22 +76,20 @@ def local_ray(*, workers: int) -> Iterator[None]:
 
     `workers` processes compute at the same time and share the machine's cores.
     """
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    else:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if "RAY_ADDRESS" not in os.environ:
         threads = max(1, (os.cpu_count() or 1) // workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         _make_importable()
-        with _silent_stderr():
-            ray.init(
-                address="local",
-                # Actors and tasks hold fractions; below 4 a plan's tasks may find none left.
-                num_cpus=max(4, workers + 2),
-                include_dashboard=False,
-                object_store_memory=256 << 20,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        options |= {
+            "address": "local",
+            # Actors and tasks hold fractions; below 4 a plan's tasks may find none left.
+            "num_cpus": max(4, workers + 2),
+            "include_dashboard": False,
+            "object_store_memory": 256 << 20,
+        }
+    with _silent_stderr():
+        ray.init(**options)
     for name in ("ray", "ray.data", "ray.train"):
         # Whatever fails is raised as well; Ray would log it with its traceback before.
         logging.getLogger(name).setLevel(logging.CRITICAL)
