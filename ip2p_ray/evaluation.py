@@ -155,7 +155,7 @@ def funnel(manifests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         report["stage"]: {
             "in": report["rows_in"],
             "kept": report["rows_out"],
-            "rejected": dict(report["rejected"]),
+            "rejected": dict(sorted(report["rejected"].items(), key=lambda item: -item[1])),
         }
         for report in manifests
     }

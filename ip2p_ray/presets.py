@@ -127,6 +127,8 @@ def fingerprints(preset: Preset) -> dict[str, str]:
     if preset.writer is not None:
         LocalWriter.load(preset.writer)
         found["writer"] = _hash_folder(Path(preset.writer))
+    if preset.shipped is not None:
+        found["shipped_editor"] = _hash_folder(Path(preset.shipped) / "editor")
     return found
 
 

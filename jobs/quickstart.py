@@ -24,11 +24,11 @@ class Quickstart:
     """Folder for everything that is made; an unfinished run in it is continued."""
     seed: int = 0
     """Of captions, replies, training and evaluation."""
-    captions: int = 200
+    captions: int = 400
     """Captions to begin with."""
-    candidates: int = 4
+    candidates: int = 3
     """Candidate pairs of each triplet."""
-    train_steps: int = 1000
+    train_steps: int = 600
     """Optimizer steps of the editor."""
     workers: int = 2
     """Processes that compute at the same time; the machine's cores are shared among them."""

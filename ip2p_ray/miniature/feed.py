@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ip2p_ray.miniature import grammar
-from ip2p_ray.miniature.scenes import WORLD, Scene, draw, random_scene
+from ip2p_ray.miniature.scenes import (
+    WORLD,
+    Edit,
+    Scene,
+    draw,
+    is_held_out,
+    random_edit,
+    random_scene,
+)
 from ip2p_ray.schema import stream_seed
 
 
@@ -21,6 +29,14 @@ def step_random(name: str, seed: int, step: int) -> random.Random:
 def scene_batch(rng: random.Random, count: int, *, held_out: bool = False) -> list[Scene]:
     """Scenes of the shipped world, with or without held-out combinations."""
     return [random_scene(rng, WORLD, held_out=held_out) for _ in range(count)]
+
+
+def training_edit(scene: Scene, rng: random.Random) -> Edit:
+    """An edit of the scene that shows no held-out combination."""
+    while True:
+        edit = random_edit(scene, rng)
+        if not is_held_out(edit.edited):
+            return edit
 
 
 def pictures(scenes: list[Scene]) -> Tensor:

@@ -96,12 +96,14 @@ def fit(
 
 
 def save_module(module: Any, folder: Path) -> None:
-    """`module.save_pretrained`, whole or not at all: a kill leaves the folder as it was."""
+    """`module.save_pretrained`; each file appears whole, and an older one stays until then."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     module.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    folder.mkdir(exist_ok=True)
+    for path in partial.iterdir():
+        path.replace(folder / path.name)
+    partial.rmdir()
 
 
 def _schedule(step: int, config: FitConfig) -> float:

@@ -23,9 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ip2p_ray.clip import preprocess, save_clip
 from ip2p_ray.miniature import grammar
-from ip2p_ray.miniature.feed import captions, scene_batch, step_random
+from ip2p_ray.miniature.feed import captions, scene_batch, step_random, training_edit
 from ip2p_ray.miniature.fit import FitConfig, fit
-from ip2p_ray.miniature.scenes import Scene, draw, random_edit
+from ip2p_ray.miniature.scenes import Scene, draw
 from ip2p_ray.miniature.vocabulary import TEXT_LENGTH, clip_tokenizer
 
 
@@ -116,7 +116,7 @@ def _examples(rng: random.Random, config: JudgeConfig) -> tuple[list[_Example], 
     """(scenes and their hard negatives, instructions of the edits among them)."""
     first, second, wishes = [], [], []
     for scene in scene_batch(rng, config.batch_size // 2):
-        edit = random_edit(scene, rng)
+        edit = training_edit(scene, rng)
         wishes.append(grammar.instruction(edit, grammar.random_wording(rng), rng))
         if rng.random() < config.mirrored:
             turned = replace(scene.layout, first_left=not scene.layout.first_left)

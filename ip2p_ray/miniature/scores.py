@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ip2p_ray.clip import Clip
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.sample import text_to_image
+from ip2p_ray.errors import ConfigError
 from ip2p_ray.miniature import grammar
 from ip2p_ray.miniature.oracle import judge_edit, reads_as
 from ip2p_ray.miniature.scenes import Edit, Scene, draw, edits, random_edit, random_scene
@@ -21,6 +22,9 @@ from ip2p_ray.triplets.local_writer import LocalWriter
 from ip2p_ray.triplets.reply import Triplet, parse_reply
 
 Pictures = NDArray[np.uint8]
+
+MOST_CAPTIONS = 50_000
+"""The grammar has some 200,000 captions; more than a part of them are slow to draw by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,13 @@ def chance(tasks: list[EditTask]) -> float:
 
 
 def random_captions(count: int, seed: int) -> list[str]:
-    """Different captions of scenes that are not held out, at most what the grammar has."""
+    """Different captions of scenes that are not held out.
+
+    Raises:
+        ConfigError: the grammar has hardly so many; 50,000 are to be had.
+    """
+    if count > MOST_CAPTIONS:
+        raise ConfigError(f"at most {MOST_CAPTIONS:,} captions can be drawn, got {count:,}")
     rng = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
@@ -131,7 +141,7 @@ def score_generator(
     *,
     seed: int,
     count: int = 256,
-    steps: int = 30,
+    steps: int = 20,
     guidance_scale: float = 3.0,
 ) -> dict[str, float]:
     """Shares of pictures of held-out captions that CLIP, the oracle, and both read as captioned.
@@ -151,6 +161,7 @@ def score_generator(
             width=64,
             steps=steps,
             guidance_scale=guidance_scale,
+            sampler="dpmpp_2m",
         )
         for picture, task in zip(pictures, part, strict=True):
             described = grammar.parse_caption(task.caption)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.editor import Editor, EditSettings
@@ -39,6 +40,9 @@ CONTENT = (
     PAIRS_FILE,
     THRESHOLDS_FILE,
 )
+
+
+BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 
 
 def require(folder: Path = WEIGHTS) -> Path:
@@ -68,10 +72,15 @@ def load_editor(folder: Path = WEIGHTS, *, device: str | torch.device = "cpu") -
     model = load_generator(folder, device=device)
     place = folder / "editor" / "unet"
     try:
-        unet: Any = UNet2DConditionModel.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"the editor's UNet in {place} cannot be loaded: {error}") from error
-    settings = EditSettings(**_read(folder / "editor" / EDITOR_DEFAULTS))
+        unet: Any
+        unet, found = UNet2DConditionModel.from_pretrained(
+            place, local_files_only=True, output_loading_info=True
+        )
+        settings = EditSettings(**_read(folder / "editor" / EDITOR_DEFAULTS))
+    except BROKEN as error:
+        raise ModelError(f"the editor in {folder / 'editor'} cannot be loaded: {error}") from error
+    if found["missing_keys"]:
+        raise ModelError(f"the editor's UNet in {place} lacks {found['missing_keys'][0]}")
     parts = replace(model, unet=unet.to(device).eval())
     return Editor(parts, settings=settings, batch_size=32)
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ip2p_ray.miniature import grammar
-from ip2p_ray.miniature.feed import scene_batch, step_random
+from ip2p_ray.miniature.feed import scene_batch, step_random, training_edit
 from ip2p_ray.miniature.fit import FitConfig, fit
-from ip2p_ray.miniature.scenes import random_edit
 from ip2p_ray.miniature.vocabulary import END, sentences
 from ip2p_ray.triplets.prompt import completion, completion_prompt
 
@@ -70,7 +69,7 @@ def examples(rng: random.Random, count: int) -> list[tuple[str, str]]:
     """(prompt, completion) of random edits of random scenes, none of them held out."""
     written = []
     for scene in scene_batch(rng, count):
-        caption, instruction, edited = grammar.triplet(scene, random_edit(scene, rng), rng)
+        caption, instruction, edited = grammar.triplet(scene, training_edit(scene, rng), rng)
         written.append((completion_prompt(caption), completion(instruction, edited)))
     return written
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,7 +14,7 @@ from ip2p_ray.errors import StageError
 from ip2p_ray.images import decode_image
 from ip2p_ray.latents import encode_pairs
 from ip2p_ray.report import Report
-from ip2p_ray.schema import LATENTS
+from ip2p_ray.schema import LATENTS, PAIRS
 from ip2p_ray.stages import plan, run
 
 _TEXTS = ("pair_key", "triplet_key", "instruction", "split")
@@ -63,6 +64,7 @@ def encode_latents(
     step = plan.Step(callable=EncodePairs, arguments={"generator": generator}, resources=resources)
 
     def encode() -> list[Report]:
+        began = time.monotonic()
         if not plan.count_rows(sources):
             raise StageError(f"latents: no pair of {pairs} is in the train split; make more pairs")
         plan.stream(
@@ -74,6 +76,14 @@ def encode_latents(
             unit="pairs",
             rows_per_block=resources.batch_size,
         )
-        return []
+        seconds = time.monotonic() - began
+        reasons = ["held_out" if split == "held_out" else None for split in _splits(pairs)]
+        return [Report.count("latents", reasons, seconds)]
 
     return run.make(uri, origin, encode)
+
+
+def _splits(pairs: str) -> list[str]:
+    """The split of every pair."""
+    column: list[str] = storage.read_dataset(pairs, PAIRS, columns=["split"])["split"].to_pylist()
+    return column

@@ -129,12 +129,15 @@ def counted(progress: Progress) -> Iterator[Any]:
     asked: list[Any] = []
 
     def poll() -> int:
-        """What was counted when the tally last answered; it may be slow to start."""
+        """What was counted when the tally last answered; it may be slow, or lost with its node."""
         if not asked:
             asked.append(tally.total.remote())
         if not ray.wait(asked, timeout=0)[0]:
             return progress.done
-        return before + int(ray.get(asked.pop()))
+        try:
+            return before + int(ray.get(asked.pop()))
+        except ray.exceptions.RayActorError:
+            return progress.done
 
     try:
         with shown(progress, poll):

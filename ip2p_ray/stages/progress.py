@@ -23,7 +23,7 @@ class Progress:
 
     def __init__(self, stage: str, *, total: int, unit: str, done: int = 0) -> None:
         self.stage, self.total, self.unit = stage, total, unit
-        self.done = self._already = done
+        self.done = done
         self._began = time.monotonic()
         self._first: tuple[float, int] | None = None
 
@@ -42,15 +42,10 @@ class Progress:
         return f"{text}, about {duration(left)} left" if left is not None else text
 
     def _left(self, now: float) -> float | None:
-        """Seconds; None before anything was done.
-
-        The rate is that since the first count, which does not contain the start of the actors.
-        """
-        if self._first is None or self.done >= self.total:
+        """Seconds, by the rate since the first count: the start of the actors is not in it."""
+        if self._first is None or self.done in (self._first[1], self.total):
             return None
         began, done = self._first
-        if self.done == done:
-            began, done = self._began, self._already
         return (now - began) / (self.done - done) * (self.total - self.done)
 
 

@@ -119,7 +119,9 @@ def shown(path: Path) -> str:
 
 
 def _shown_pairs(pairs: str) -> list[ShownPair]:
-    table = storage.read_dataset(pairs, PAIRS).sort_by("pair_key").slice(0, SHOWN_PAIRS)
+    """The first pair of each triplet, of as many triplets as are shown."""
+    rows = storage.read_dataset(pairs, PAIRS).sort_by("pair_key").to_pylist()
+    one_each = {row["triplet_key"]: row for row in reversed(rows)}
     return [
         ShownPair(
             caption=row["caption"],
@@ -129,7 +131,7 @@ def _shown_pairs(pairs: str) -> list[ShownPair]:
             edited_image=row["edited_image"]["bytes"],
             similarities={name: row[name] for name in SIMILARITIES},
         )
-        for row in table.to_pylist()
+        for _, row in sorted(one_each.items())[:SHOWN_PAIRS]
     ]
 
 

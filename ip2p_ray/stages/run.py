@@ -20,7 +20,7 @@ import ray
 import ip2p_ray
 from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError, DatasetError, Ip2pError, StageError
-from ip2p_ray.report import Report
+from ip2p_ray.report import Report, duration
 from ip2p_ray.schema import recipe
 
 logger = logging.getLogger(__name__)
@@ -150,6 +150,8 @@ def make(uri: str, origin: Origin, build: Callable[[], Sequence[Report]]) -> sto
     shutil.rmtree(resume_folder(uri), ignore_errors=True)
     for report in reports:
         logger.info("%s", report.line())
+    if not reports and manifest.wall_seconds > 1.0:
+        logger.info("%s: made in %s", origin.dataset, duration(manifest.wall_seconds))
     return manifest
 
 

@@ -77,7 +77,7 @@ def train_editor(
         checkpoints=str(checkpoints),
         editor=str(root / "editor"),
         editing=editing,
-        report_every=max(1, config.steps // 12),
+        report_every=-(-config.steps // 12),
     )
     origin = run.Origin(
         dataset="checkpoints",

@@ -5,7 +5,6 @@ The replies are a dataset of their own, so none is ever asked for twice.
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -108,35 +107,45 @@ def write_triplets(
         )
         return []
 
-    run.make(replies, asked, ask)
+    wrote = run.make(replies, asked, ask)
     origin = run.Origin(
         dataset="triplets", config=asdict(config), models=asked.models, sources=asked.sources
     )
     run.make(rejects, origin, lambda: _write_rejects(replies, rejects))
-    return run.make(
-        triplets, origin, lambda: _write_triplets(replies, triplets, config, models["writer"])
-    )
+    seconds = wrote.wall_seconds
+
+    def write() -> list[Report]:
+        rows, report = _triplets(replies, config, models["writer"], seconds)
+        if not rows:
+            raise StageError(f"triplets: no reply was usable: {report.line()}")
+        table = pa.Table.from_pylist(rows, schema=TRIPLETS)
+        storage.write_shard(triplets, "triplets-00000", table)
+        return [report]
+
+    return run.make(triplets, origin, write)
 
 
-def _write_triplets(
-    replies: str, triplets: str, config: TripletConfig, writer: str
-) -> list[Report]:
-    began = time.monotonic()
+def _triplets(
+    replies: str, config: TripletConfig, writer: str, seconds: float
+) -> tuple[list[dict[str, Any]], Report]:
+    """Rows of TRIPLETS by their keys, and what became of the replies."""
     judged = _judged(replies)
     rows = []
     for row, reason in judged:
         if reason is None:
-            texts = (row["caption"], row["instruction"], row["edited_caption"])
-            key = Triplet(*texts).key
-            row = {name: row[name] for name in TRIPLETS.names if name in row}
-            split = split_of(key, config.held_out)
-            rows.append({**row, "triplet_key": key, "split": split, "writer": writer})
+            texts = {name: row[name] for name in ("caption", "instruction", "edited_caption")}
+            key = Triplet(**texts).key
+            rows.append(
+                {
+                    "triplet_key": key,
+                    **texts,
+                    "caption_key": row["caption_key"],
+                    "split": split_of(key, config.held_out),
+                    "writer": writer,
+                }
+            )
     rows.sort(key=lambda row: str(row["triplet_key"]))
-    report = Report.count("triplets", [reason for _, reason in judged], time.monotonic() - began)
-    if not rows:
-        raise StageError(f"triplets: no reply was usable: {report.line()}")
-    storage.write_shard(triplets, "triplets-00000", pa.Table.from_pylist(rows, schema=TRIPLETS))
-    return [report]
+    return rows, Report.count("triplets", [reason for _, reason in judged], seconds)
 
 
 def _write_rejects(replies: str, rejects: str) -> list[Report]:

@@ -118,7 +118,12 @@ def slow_weights(tiny_weights, tmp_path):
 def start_until(command, reached, limit_s=240):
     """The running job, once `reached()` holds."""
     job = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        process_group=0,  # as in a terminal, where Ctrl-C reaches all of the group
     )
     deadline = time.monotonic() + limit_s
     while not reached():
@@ -144,7 +149,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_an_undisturbed_one(slow_weight
         return len(list((out / "candidates").glob("*.parquet")))
 
     job = start_until(command, lambda: candidates() >= 1)
-    job.send_signal(signal.SIGINT)
+    os.killpg(job.pid, signal.SIGINT)
     _, told = job.communicate(timeout=120)
     assert job.returncode == 130
     assert "the same command goes on" in told

@@ -88,6 +88,7 @@ def test_the_report_stands_alone(made):
         "seconds",
         "seed",
     ]
+    assert list(metrics["funnel"]) == ["captions", "triplets", "pairs", "latents"]
     assert metrics["funnel"]["captions"] == {"in": 10, "kept": 10, "rejected": {}}
     assert set(metrics["seconds"]) == {
         "captions",
