@@ -1,6 +1,6 @@
 """The whole life of an editor on the miniature's models, on one machine, in minutes.
 
-    python jobs/quickstart.py                 about ten minutes on two cores
+    python jobs/quickstart.py                 about twelve minutes on two cores
     python jobs/quickstart.py --smoke         about two; a check that everything runs
     ray job submit --working-dir . -- python jobs/quickstart.py --out /shared/quickstart
 
