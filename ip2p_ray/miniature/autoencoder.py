@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from ip2p_ray.miniature import parallel
 from ip2p_ray.miniature.drawing import SIZE
 from ip2p_ray.miniature.feed import pictures, scene_batch, step_random
 from ip2p_ray.miniature.fit import FitConfig, fit, save_module
@@ -58,13 +59,14 @@ def train(config: AutoencoderConfig, folder: Path, *, seed: int, device: str) ->
     """Train (or resume) and save `folder`/vae with the measured scaling factor in its config."""
     torch.manual_seed(seed)
     vae: Any = build(config).to(device)
+    count = parallel.share(config.batch_size)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = step_random("autoencoder", seed, step)
+        rng = step_random("autoencoder", seed, step, rank=parallel.rank())
         torch.manual_seed(rng.getrandbits(60))
         value = torch.zeros((), device=device)
         figures: dict[str, float] = {}
-        for images in _batches(rng, config.batch_size, device):
+        for images in _batches(rng, count, device):
             with torch.autocast(device, torch.bfloat16):
                 posterior = vae.encode(images).latent_dist
                 decoded = vae.decode(posterior.sample()).sample
@@ -76,7 +78,8 @@ def train(config: AutoencoderConfig, folder: Path, *, seed: int, device: str) ->
     fit_config = FitConfig(steps=config.steps, learning_rate=config.learning_rate)
     result = fit("autoencoder", vae, loss, fit_config, folder / "state")
     vae.register_to_config(scaling_factor=_scaling_factor(vae, seed, device))
-    save_module(vae, folder / "vae")
+    if not parallel.rank():
+        save_module(vae, folder / "vae")
     return {**result, "scaling_factor": vae.config["scaling_factor"]}
 
 
@@ -89,14 +92,15 @@ def train_decoder(
     Diffusion's later autoencoders (ft-EMA, ft-MSE) came about the same way.
     """
     vae: Any = AutoencoderKL.from_pretrained(folder / "vae").to(device)
+    count = parallel.share(config.batch_size)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = step_random("decoder", seed, step)
+        rng = step_random("decoder", seed, step, rank=parallel.rank())
         torch.manual_seed(rng.getrandbits(60))
         value = torch.zeros((), device=device)
         figures: dict[str, float] = {}
-        for images in _batches(rng, config.batch_size, device):
+        for images in _batches(rng, count, device):
             with torch.autocast(device, torch.bfloat16):
                 with torch.no_grad():
                     latents = vae.encode(images).latent_dist.sample()
@@ -107,7 +111,8 @@ def train_decoder(
 
     fit_config = FitConfig(steps=config.decoder_steps, learning_rate=config.learning_rate)
     result = fit("decoder", decoder, loss, fit_config, folder / "state")
-    save_module(vae, folder / "vae")
+    if not parallel.rank():
+        save_module(vae, folder / "vae")
     return {**result, "reconstruction_mse": _held_out_error(vae, seed, device)}
 
 

@@ -8,7 +8,6 @@ reaches the editor.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch.nn.parallel import DistributedDataParallel
 
 from ip2p_ray.checkpoint import (
     export_editor,
@@ -26,16 +26,17 @@ from ip2p_ray.checkpoint import (
 )
 from ip2p_ray.clip import Clip
 from ip2p_ray.diffusion.model import StableDiffusion
-from ip2p_ray.filtering import Thresholds, select
+from ip2p_ray.filtering import NOT_BEST, Thresholds, select
 from ip2p_ray.latents import LatentDataset, encode_pairs
-from ip2p_ray.miniature.scores import random_captions
+from ip2p_ray.miniature import parallel
+from ip2p_ray.miniature.calibration import NAMES
+from ip2p_ray.miniature.pace import Pace
+from ip2p_ray.miniature.scores import edit_tasks, random_captions
 from ip2p_ray.pairs import PairConfig, candidate_requests, generate_candidates
 from ip2p_ray.schema import LATENTS, pair_key, recipe
 from ip2p_ray.training.loop import TrainConfig, start, train
 from ip2p_ray.triplets.local_writer import LocalWriter
 from ip2p_ray.triplets.reply import Triplet, parse_reply
-
-logger = logging.getLogger(__name__)
 
 CHUNK = 16
 """Triplets a chunk of pairs; a kill loses at most the chunk that was being made."""
@@ -98,27 +99,21 @@ def make_pairs(
     folder: Path,
     *,
     seed: int,
-    part: tuple[int, int] = (0, 1),
 ) -> None:
-    """Write every chunk of `folder`/pairs that is not there yet.
-
-    `part` (i, n) makes every n-th chunk from the i-th, so that n processes may share the work.
-    """
+    """Write every chunk of `folder`/pairs that is not there yet; processes share the chunks."""
     captions = random_captions(config.triplets, seed)
     chunks = [captions[k : k + CHUNK] for k in range(0, len(captions), CHUNK)]
     (folder / "pairs").mkdir(parents=True, exist_ok=True)
-    began = logged = time.monotonic()
-    todo = [k for k in range(part[0], len(chunks), part[1]) if not _chunk(folder, k).exists()]
+    own = range(parallel.rank(), len(chunks), parallel.count())
+    todo = [k for k in own if not _chunk(folder, k).exists()]
+    pace = Pace("pairs", len(todo), unit="chunk")
     for done, number in enumerate(todo, start=1):
         table, funnel = _make_chunk(models, config.pairs(thresholds), chunks[number], seed)
         metadata = {b"funnel": json.dumps(funnel).encode()}
         temporary = _chunk(folder, number).with_suffix(".partial")
         pq.write_table(table.replace_schema_metadata(metadata), temporary)
         temporary.replace(_chunk(folder, number))
-        if time.monotonic() - logged >= 60 or done == len(todo):
-            logged = time.monotonic()
-            left = (logged - began) / done * (len(todo) - done) / 60
-            logger.info("pairs: chunk %d of %d, %s, %.0f min left", done, len(todo), funnel, left)
+        pace.tick(done, str(funnel))
 
 
 def _chunk(folder: Path, number: int) -> Path:
@@ -168,6 +163,23 @@ def _make_chunk(
     return pa.Table.from_pylist(rows, schema=LATENTS), dict(funnel)
 
 
+def held_out_funnel(models: Models, config: PairConfig, *, seed: int, count: int) -> dict[str, int]:
+    """The funnel of pairs of held-out captions; the pairs themselves are not kept."""
+    total: Counter[str] = Counter()
+    captions = [task.caption for task in edit_tasks(count, seed)]
+    pace = Pace("held-out pairs", count, unit="caption")
+    for done in range(0, count, CHUNK):
+        total.update(_make_chunk(models, config, captions[done : done + CHUNK], seed)[1])
+        pace.tick(min(done + CHUNK, count))
+    return dict(total)
+
+
+def kept_share(funnel: dict[str, int]) -> float:
+    """Share of the judged candidates that were kept."""
+    judged = sum(funnel.get(name, 0) for name in (*NAMES, NOT_BEST, "kept"))
+    return funnel.get("kept", 0) / max(judged, 1)
+
+
 def pair_funnel(folder: Path) -> dict[str, int]:
     """How many captions, rejections by reason, and kept pairs all chunks count together."""
     total: Counter[str] = Counter()
@@ -183,8 +195,9 @@ def train_editor(
 
     `defaults` are the EditSettings that travel with it.
     """
+    rank = parallel.rank()
     model = StableDiffusion.load(folder / "generator", device=device)
-    dataset = LatentDataset(sorted((folder / "pairs").glob("*.parquet")), cache=folder / "state")
+    dataset = _latents(folder)
     training = TrainConfig(
         steps=config.steps,
         batch_size=config.batch_size,
@@ -202,20 +215,51 @@ def train_editor(
     found = latest_checkpoint(checkpoints)
     if found is not None:
         load_checkpoint(found, state)
-    began = logged = time.monotonic()
-    first = state.step
+    clock = _Clock(folder / "state" / "editor-seconds.json", state.step)
+    pace = Pace("editor", config.steps, unit="step", done=state.step)
     losses: list[float] = []
-    for metrics in train(model, dataset, training, state=state):
-        losses.append(metrics.loss)
-        if metrics.step % config.save_every == 0 or metrics.step == config.steps:
+    for metrics in train(
+        model,
+        dataset,
+        training,
+        rank=rank,
+        world_size=parallel.count(),
+        wrap=DistributedDataParallel if parallel.count() > 1 else None,
+        state=state,
+    ):
+        losses = [*losses[-99:], metrics.loss]
+        due = metrics.step % config.save_every == 0 or metrics.step == config.steps
+        if due and not rank:
             save_checkpoint(checkpoints, state, keep=2)
-        if time.monotonic() - logged >= 60 or metrics.step == config.steps:
-            logged = time.monotonic()
-            left = (logged - began) / (metrics.step - first) * (config.steps - metrics.step) / 60
-            mean = sum(losses[-100:]) / len(losses[-100:])
-            logger.info(
-                "editor: step %d of %d, loss %.4f, epoch %.1f, %.0f min left",
-                metrics.step, config.steps, mean, metrics.epoch, left,
-            )  # fmt: skip
-    export_editor(model, state.ema, folder / "editor", defaults)
-    return {"steps": config.steps, "pairs": dataset.pairs, "seconds": time.monotonic() - began}
+            clock.note()
+        pace.tick(metrics.step, f"loss {sum(losses) / len(losses):.4f}, epoch {metrics.epoch:.1f}")
+    if not rank:
+        export_editor(model, state.ema, folder / "editor", defaults)
+    return {"steps": config.steps, "pairs": dataset.pairs, "seconds": clock.seconds()}
+
+
+def _latents(folder: Path) -> LatentDataset:
+    """The pairs' latents; the first process makes their cache for all."""
+    if parallel.rank():
+        parallel.meet()
+    dataset = LatentDataset(sorted((folder / "pairs").glob("*.parquet")), cache=folder / "state")
+    if not parallel.rank():
+        parallel.meet()
+    return dataset
+
+
+class _Clock:
+    """Seconds of a training, those up to the checkpoint that it continues from included."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self._before = json.loads(path.read_text()) if step and path.exists() else 0.0
+        self._began = time.monotonic()
+
+    def seconds(self) -> float:
+        return round(self._before + time.monotonic() - self._began, 1)
+
+    def note(self) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.seconds()))
+        temporary.replace(self.path)

@@ -21,9 +21,10 @@ from ip2p_ray.miniature.scenes import (
 from ip2p_ray.schema import stream_seed
 
 
-def step_random(name: str, seed: int, step: int) -> random.Random:
-    """The random stream of one step of one named training run."""
-    return random.Random(stream_seed("miniature", name, seed, step))
+def step_random(name: str, seed: int, step: int, *, rank: int = 0) -> random.Random:
+    """The random stream of one step of one named training run, in one of its processes."""
+    place = (rank,) if rank else ()
+    return random.Random(stream_seed("miniature", name, seed, step, *place))
 
 
 def scene_batch(rng: random.Random, count: int, *, held_out: bool = False) -> list[Scene]:

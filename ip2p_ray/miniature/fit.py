@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ip2p_ray.miniature import parallel
+from ip2p_ray.miniature.pace import Pace
+
 logger = logging.getLogger(__name__)
 
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
-"""From a step to (scalar loss, figures to log). All randomness must come from the step."""
+"""From a step to (scalar loss, figures to log).
+
+All randomness must come from the step, and from the rank where processes share the batch.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +44,19 @@ class FitConfig:
 
 
 def fit(
-    name: str, module: nn.Module, loss: Loss, config: FitConfig, folder: Path
+    name: str,
+    module: nn.Module,
+    loss: Loss,
+    config: FitConfig,
+    folder: Path,
+    *,
+    shared: bool = True,
 ) -> dict[str, float]:
     """Train `module` in place and leave the averaged weights in it; returns run figures.
 
     Reruns continue from `folder`/<name>.pt. Every step draws its randomness from its own number, so
-    a resumed run sees what an undisturbed one would have seen.
+    a resumed run sees what an undisturbed one would have seen. Where several processes run
+    (`parallel`) all of them call this together, unless it is not `shared`; the first one saves.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
@@ -61,7 +74,8 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         ema, first, seconds = state["ema"], state["step"], state["seconds"]
         logger.info("%s: continues at step %d of %d", name, first, config.steps)
-    started = saved = logged = time.monotonic()
+    started = saved = time.monotonic()
+    pace = Pace(name, config.steps, unit="step", done=first)
     module.train()
     figures: dict[str, float] = {}
     for step in range(first, config.steps):
@@ -70,14 +84,16 @@ def fit(
         value, figures = loss(step)
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
+        if shared:
+            parallel.average_gradients(module.parameters())
         nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
         optimizer.step()
         _average(ema, module, min(config.ema_decay, (1 + step) / (10 + step)))
         now = time.monotonic()
-        if step == first or now - logged >= 60 or step + 1 == config.steps:
-            logged = now
-            _log(name, step + 1, first, config.steps, float(value.detach()), figures, now - started)
-        if now - saved >= config.save_every_s or step + 1 == config.steps:
+        rest = " ".join(f"{k} {v:.4f}" for k, v in figures.items())
+        pace.tick(step + 1, f"loss {float(value.detach()):.4f} {rest}".rstrip())
+        due = now - saved >= config.save_every_s or step + 1 == config.steps
+        if due and not parallel.rank():
             saved = now
             state = {
                 "module": module.state_dict(),
@@ -118,19 +134,3 @@ def _average(ema: dict[str, Tensor], module: nn.Module, decay: float) -> None:
             ema[key].lerp_(value, 1 - decay)
         else:
             ema[key].copy_(value)
-
-
-def _log(
-    name: str,
-    step: int,
-    first: int,
-    steps: int,
-    loss: float,
-    figures: dict[str, float],
-    spent: float,
-) -> None:
-    left = spent / (step - first) * (steps - step) / 60
-    rest = " ".join(f"{k} {v:.4f}" for k, v in figures.items())
-    logger.info(
-        "%s: step %d of %d, loss %.4f %s, %.0f min left", name, step, steps, loss, rest, left
-    )

@@ -18,8 +18,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.noise import NoiseSchedule
+from ip2p_ray.miniature import parallel
 from ip2p_ray.miniature.feed import captions, pictures, scene_batch, step_random
 from ip2p_ray.miniature.fit import FitConfig, fit
+from ip2p_ray.miniature.pace import Pace
 from ip2p_ray.miniature.scenes import Scene
 
 SCHEDULER: dict[str, Any] = {
@@ -89,10 +91,11 @@ def train(config: GeneratorConfig, folder: Path, *, seed: int, device: str) -> d
     )
     pool = _pool(model, config, seed, folder / "state" / "generator-pool.pt")
     alphas = model.schedule.alphas_cumprod.float().to(device)
+    count = parallel.share(config.batch_size)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = step_random("generator", seed, step)
-        latents, text = _batch(model, pool, config, rng)
+        rng = step_random("generator", seed, step, rank=parallel.rank())
+        latents, text = _batch(model, pool, count, config.empty_captions, rng)
         noise_source = torch.Generator().manual_seed(rng.getrandbits(60))
         noise = torch.randn(latents.shape, generator=noise_source).to(device)
         # Stratified over the batch: every step sees all noise levels.
@@ -107,39 +110,44 @@ def train(config: GeneratorConfig, folder: Path, *, seed: int, device: str) -> d
 
     fit_config = FitConfig(steps=config.steps, learning_rate=config.learning_rate, ema_decay=0.999)
     result = fit("generator", model.unet, loss, fit_config, folder / "state")
-    model.save(folder / "generator")
+    if not parallel.rank():
+        model.save(folder / "generator")
     return result
 
 
-@torch.no_grad()
 def _pool(model: StableDiffusion, config: GeneratorConfig, seed: int, path: Path) -> Pool:
     """Drawn scenes with their latents, encoded once and kept in `path` for the next start."""
-    rng = step_random("generator-pool", seed, 0)
-    scenes = scene_batch(rng, config.scenes)
-    if path.exists():
-        stored = torch.load(path, weights_only=True)
-        if len(stored) == len(scenes):
-            return Pool(scenes, stored)
+    scenes = scene_batch(step_random("generator-pool", seed, 0), config.scenes)
+    if not parallel.rank() and not path.exists():
+        latents = _encode(model, scenes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        torch.save(latents, temporary)
+        temporary.replace(path)
+    parallel.meet()
+    return Pool(scenes, torch.load(path, weights_only=True))
+
+
+@torch.no_grad()
+def _encode(model: StableDiffusion, scenes: list[Scene]) -> Tensor:
+    """float16 (scene, mean or std, channel, height, width)."""
+    pace = Pace("generator's scenes", len(scenes), unit="scene")
     parts = []
     for start in range(0, len(scenes), 64):
-        mean, std = model.encode_image(pictures(scenes[start : start + 64]))
-        parts.append(torch.stack([mean, std], dim=1).half().cpu())
-    latents = torch.cat(parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(latents, temporary)
-    temporary.replace(path)
-    return Pool(scenes, latents)
+        drawn = pictures(scenes[start : start + 64])
+        parts.append(torch.stack(model.encode_image(drawn), dim=1).half().cpu())
+        pace.tick(start + len(drawn))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
 def _batch(
-    model: StableDiffusion, pool: Pool, config: GeneratorConfig, rng: random.Random
+    model: StableDiffusion, pool: Pool, count: int, empty_captions: float, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """(scaled latents, text states) of scenes from the pool, captions worded anew."""
-    rows = [rng.randrange(len(pool.scenes)) for _ in range(config.batch_size)]
+    """(scaled latents, text states) of `count` scenes from the pool, captions worded anew."""
+    rows = [rng.randrange(len(pool.scenes)) for _ in range(count)]
     scenes = [pool.scenes[row] for row in rows]
-    texts = ["" if rng.random() < config.empty_captions else c for c in captions(scenes, rng)]
+    texts = ["" if rng.random() < empty_captions else c for c in captions(scenes, rng)]
     mean, std = pool.latents[rows].float().unbind(dim=1)
     source = torch.Generator().manual_seed(rng.getrandbits(60))
     sampled = mean + std * torch.randn(mean.shape, generator=source)

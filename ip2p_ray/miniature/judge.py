@@ -59,7 +59,10 @@ def clip_config(vocabulary: int) -> dict[str, Any]:
 
 
 def train(config: JudgeConfig, folder: Path, *, seed: int, device: str) -> dict[str, float]:
-    """Train (or resume); save `folder`/judge (open_clip), /text_encoder and /tokenizer."""
+    """Train (or resume); save `folder`/judge (open_clip), /text_encoder and /tokenizer.
+
+    In one process: the contrast is among all pictures of a batch.
+    """
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     shape = clip_config(len(tokenizer))
@@ -88,7 +91,7 @@ def train(config: JudgeConfig, folder: Path, *, seed: int, device: str) -> dict[
         return contrast + config.language_weight * language, figures
 
     fit_config = FitConfig(steps=config.steps, learning_rate=config.learning_rate)
-    result = fit("judge", model, loss, fit_config, folder / "state")
+    result = fit("judge", model, loss, fit_config, folder / "state", shared=False)
     model.float().cpu()
     save_clip(model, shape, tokenizer, folder / "judge")
     text_encoder(model, tokenizer).save_pretrained(folder / "text_encoder")

@@ -50,17 +50,26 @@ class Verdict:
 def judge_edit(picture: Picture, scene: Scene, edit: Edit, world: World = WORLD) -> Verdict:
     """Judge `picture`, uint8 (64, 64, 3), as the answer to `edit` of `scene`.
 
-    The alternatives are every other edit of the scene that looks different, and the scene itself:
-    an editor that does nothing is wrong.
+    It is held against `alternatives`.
     """
     source, truth = draw(scene), draw(edit.edited)
-    others = [source] + [draw(other.edited) for other in edits(scene, world) if other != edit]
-    others = [other for other in others if not np.array_equal(other, truth)]
+    others = alternatives(scene, edit, world)
     distance = _squared_error(picture, truth)
     correct = all(distance < _squared_error(picture, other) for other in others)
     unchanged = (source == truth).all(axis=-1)
     error = np.abs(picture.astype(np.float32) - truth.astype(np.float32))[unchanged] / 255.0
     return Verdict(correct, float(error.mean()) if error.size else 0.0, len(others))
+
+
+def alternatives(scene: Scene, edit: Edit, world: World = WORLD) -> list[Picture]:
+    """The pictures that the true edited one is told from.
+
+    Every other edit of the scene that looks different, and the scene itself: an editor that does
+    nothing is wrong.
+    """
+    truth = draw(edit.edited)
+    others = [draw(scene)] + [draw(other.edited) for other in edits(scene, world) if other != edit]
+    return [other for other in others if not np.array_equal(other, truth)]
 
 
 def reads_as(picture: Picture, described: Described, world: World = WORLD) -> bool:

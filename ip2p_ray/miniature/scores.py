@@ -16,7 +16,8 @@ from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.sample import text_to_image
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.miniature import grammar
-from ip2p_ray.miniature.oracle import judge_edit, reads_as
+from ip2p_ray.miniature.oracle import alternatives, judge_edit, reads_as
+from ip2p_ray.miniature.pace import Pace
 from ip2p_ray.miniature.scenes import Edit, Scene, draw, edits, random_edit, random_scene
 from ip2p_ray.triplets.local_writer import LocalWriter
 from ip2p_ray.triplets.reply import Triplet, parse_reply
@@ -25,6 +26,10 @@ Pictures = NDArray[np.uint8]
 
 MOST_CAPTIONS = 50_000
 """The grammar has some 200,000 captions; more than a part of them are slow to draw by chance."""
+
+
+GENERATOR_SAMPLING: dict[str, Any] = {"steps": 20, "guidance_scale": 3.0, "sampler": "dpmpp_2m"}
+"""How the generator is sampled wherever it is scored alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +87,8 @@ def score_edits(pictures: Pictures, tasks: list[EditTask]) -> dict[str, Any]:
 
 
 def chance(tasks: list[EditTask]) -> float:
-    """The accuracy of picking an edit of the scene blindly."""
-    return float(np.mean([1 / sum(1 for _ in edits(task.scene)) for task in tasks]))
+    """The accuracy of picking one of the pictures of the forced choice blindly."""
+    return float(np.mean([1 / (1 + len(alternatives(t.scene, t.edit))) for t in tasks]))
 
 
 def random_captions(count: int, seed: int) -> list[str]:
@@ -141,8 +146,6 @@ def score_generator(
     *,
     seed: int,
     count: int = 256,
-    steps: int = 20,
-    guidance_scale: float = 3.0,
 ) -> dict[str, float]:
     """Shares of pictures of held-out captions that CLIP, the oracle, and both read as captioned.
 
@@ -151,6 +154,7 @@ def score_generator(
     """
     tasks = edit_tasks(count, seed)
     by_clip = by_oracle = by_both = 0
+    pace = Pace("generator's score", count, unit="picture")
     for start in range(0, count, 32):
         part = tasks[start : start + 32]
         pictures = text_to_image(
@@ -159,10 +163,9 @@ def score_generator(
             [seed * count + start + k for k in range(len(part))],
             height=64,
             width=64,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            sampler="dpmpp_2m",
+            **GENERATOR_SAMPLING,
         )
+        pace.tick(start + len(part))
         for picture, task in zip(pictures, part, strict=True):
             described = grammar.parse_caption(task.caption)
             assert described is not None

@@ -6,7 +6,7 @@ What is shipped is float16; the scores are those of the float32 models that are 
 from __future__ import annotations
 
 import json
-import platform
+import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -19,16 +19,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ip2p_ray.clip import Clip
-from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.sample import text_to_image
 from ip2p_ray.editor import Editor
-from ip2p_ray.filtering import NOT_BEST, Thresholds
+from ip2p_ray.filtering import Thresholds
 from ip2p_ray.images import to_pil
-from ip2p_ray.miniature import calibration, scores
+from ip2p_ray.miniature import editing, scores
+from ip2p_ray.miniature.drawing import SIZE
 from ip2p_ray.miniature.editing import EditingConfig
 from ip2p_ray.miniature.weights import EDITOR_DEFAULTS, PAIRS_FILE, THRESHOLDS_FILE
-from ip2p_ray.triplets.local_writer import LocalWriter
+
+logger = logging.getLogger(__name__)
 
 EDITOR_SETTINGS: dict[str, Any] = {
     "steps": 12,
@@ -40,40 +40,49 @@ EDITOR_SETTINGS: dict[str, Any] = {
 }
 """EditSettings of the shipped editor: the paper's scales are for 512 pixels and real pictures."""
 
-TASKS = 256
-"""Held-out edits that an editor is scored on."""
 
+def score(
+    folder: Path, config: EditingConfig, *, seed: int, tasks: int, device: str
+) -> dict[str, Any]:
+    """All scores of the models in `folder` on held-out scenes, with their baselines.
 
-def score(folder: Path, *, seed: int, device: str) -> dict[str, Any]:
-    """All scores of the models in `folder` on held-out scenes, with their baselines."""
-    clip = Clip.load(folder / "judge", device)
-    generator = StableDiffusion.load(folder / "generator", device=device)
-    tasks = scores.edit_tasks(TASKS, seed + 1)
-    sources = scores.source_pictures(tasks)
+    `tasks` edits and as many captions are asked.
+    """
+    models = editing.load_models(folder, device)
+    thresholds = Thresholds(**_records(folder)["calibration"]["thresholds"])
+    asked = scores.edit_tasks(tasks, seed + 1)
+    sources = scores.source_pictures(asked)
     editor = Editor.load(folder / "editor", device=device, batch_size=64)
     edited = editor.edit_batch(
         [to_pil(source) for source in sources],
-        [task.instruction for task in tasks],
-        seeds=list(range(TASKS)),
+        [task.instruction for task in asked],
+        seeds=list(range(tasks)),
     )
+    logger.info("scores: the editor has answered")
     alone = text_to_image(
-        generator,
-        [task.edited_caption for task in tasks],
-        list(range(TASKS)),
-        height=64,
-        width=64,
-        steps=20,
-        guidance_scale=3.0,
-        sampler="dpmpp_2m",
+        models.generator,
+        [task.edited_caption for task in asked],
+        list(range(tasks)),
+        height=SIZE,
+        width=SIZE,
+        **scores.GENERATOR_SAMPLING,
+    )
+    logger.info("scores: the generator alone has answered")
+    funnel = editing.held_out_funnel(
+        models, config.pairs(thresholds), seed=seed + 2, count=tasks // 4
     )
     return {
-        "judge_accuracy_of_64": scores.score_judge(clip, seed=seed + 1),
-        "writer": scores.score_writer(LocalWriter.load(folder / "writer", device), seed=seed + 1),
-        "generator": scores.score_generator(generator, clip, seed=seed + 1),
-        "editor": scores.score_edits(np.stack([np.asarray(p) for p in edited]), tasks),
-        "copy_input": scores.score_edits(sources, tasks),
-        "generator_only": scores.score_edits(alone, tasks),
-        "chance": scores.chance(tasks),
+        "judge_accuracy_of_64": scores.score_judge(models.clip, seed=seed + 1),
+        "writer": scores.score_writer(models.writer, seed=seed + 1, count=2 * tasks),
+        "generator": scores.score_generator(
+            models.generator, models.clip, seed=seed + 1, count=tasks
+        ),
+        "pairs_kept": editing.kept_share(funnel),
+        "tasks": tasks,
+        "editor": scores.score_edits(np.stack([np.asarray(p) for p in edited]), asked),
+        "copy_input": scores.score_edits(sources, asked),
+        "generator_only": scores.score_edits(alone, asked),
+        "chance": scores.chance(asked),
     }
 
 
@@ -95,7 +104,7 @@ def ship(folder: Path, config: EditingConfig, *, command: str) -> Path:
         content.pop("_name_or_path", None)  # a path of the machine that trained
         _write(path, content)
     records = _records(folder)
-    _write(target / THRESHOLDS_FILE, records["pairs"]["thresholds"])
+    _write(target / THRESHOLDS_FILE, records["calibration"]["thresholds"])
     pairs = asdict(config.pairs(Thresholds()))
     del pairs["thresholds"]
     _write(target / PAIRS_FILE, pairs)
@@ -128,9 +137,7 @@ def _write(path: Path, content: Any) -> None:
 def _card(records: dict[str, Any], command: str, folder: Path, notes: str) -> str:
     """The model card: what it is, how it was made, how well it does."""
     scores_ = records["scores"]
-    pairs = records["pairs"]
-    funnel = pairs["funnel"]
-    judged = sum(funnel.get(name, 0) for name in (*calibration.NAMES, NOT_BEST, "kept"))
+    pairs, calibration = records["pairs"], records["calibration"]
     megabytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
     versions = ", ".join(
         f"{module.__name__} {module.__version__}"
@@ -138,7 +145,8 @@ def _card(records: dict[str, Any], command: str, folder: Path, notes: str) -> st
     )
     trainings = ("autoencoder", "decoder", "judge", "writer", "generator", "editor")
     steps = "\n".join(
-        f"| {name} | {int(records[name]['steps']):,} | {records[name]['seconds'] / 60:.0f} |"
+        f"| {name} | {int(records[name]['steps']):,} | {records[name]['seconds'] / 60:.0f} "
+        f"| {records[name]['device']} |"
         for name in trainings
         if name in records
     )
@@ -154,10 +162,10 @@ def _card(records: dict[str, Any], command: str, folder: Path, notes: str) -> st
     by_type = ", ".join(
         f"{kind} {_percent(share)}" for kind, share in scores_["editor"]["by_type"].items()
     )
-    failing = ", ".join(f"{_percent(v)} ({k})" for k, v in pairs["mismatched_fail"].items())
+    failing = ", ".join(f"{_percent(v)} ({k})" for k, v in calibration["mismatched_fail"].items())
     writer = scores_["writer"]
     generator = _percent(scores_["generator"]["both"])
-    kept = _percent(funnel.get("kept", 0) / max(judged, 1))
+    kept = f"{_percent(scores_['pairs_kept'])} / {_percent(editing.kept_share(pairs['funnel']))}"
     written = f"{_percent(writer['parsed'])} / {_percent(writer['true_edits'])}"
     return f"""# The miniature's weights
 
@@ -167,10 +175,10 @@ UNet of twice the input channels). float16, {megabytes:.1f} MB. The editor share
 autoencoder, text encoder and tokenizer. No picture or text from outside went into them.
 License: Apache-2.0, as the package.
 
-Made by `{command}` ({platform.machine()} CPU; {versions}).
+Made by `{command}` ({versions}).
 
-| training | steps | minutes |
-|---|---|---|
+| training | steps | minutes | device |
+|---|---|---|---|
 {steps}
 
 {notes}Held-out scenes show combinations of subject, colour and setting that no picture the
@@ -181,11 +189,11 @@ generator learned from has. The scores are those of the float32 models that were
 | judge finds a picture's caption among 64 | {_percent(scores_["judge_accuracy_of_64"])} | 95 % |
 | writer's replies that parse / are true edits | {written} | 95 % |
 | generator's pictures that judge and oracle both read as captioned | {generator} | 85 % |
-| candidates kept at the miniature's thresholds (scenes not held out) | {kept} | 15 % |
-| thresholds: drawn true pairs that pass (not held out) | {_percent(pairs["true_pass"])} | 95 % |
-| thresholds: drawn mismatched pairs that fail (not held out) | {failing} | 95 % |
+| candidates kept at the miniature's thresholds / the same of training captions | {kept} | 15 % |
+| thresholds: drawn true pairs that pass | {_percent(calibration["true_pass"])} | 95 % |
+| thresholds: drawn mismatched pairs that fail | {failing} | 95 % |
 
-| {TASKS} held-out edits | forced-choice accuracy | preservation error |
+| {scores_["tasks"]} held-out edits | forced-choice accuracy | preservation error |
 |---|---|---|
 {rows}
 | chance | {_percent(scores_["chance"])} | - |

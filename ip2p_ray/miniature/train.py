@@ -1,6 +1,7 @@
 """Train the whole miniature from nothing.
 
-    python -m ip2p_ray.miniature.train --out FOLDER
+    python -m ip2p_ray.miniature.train --out FOLDER --processes 2
+    python -m ip2p_ray.miniature.train --out FOLDER --device cuda
 
 Autoencoder, judge (with the text encoder), writer, generator, the pairs it makes, the editor from
 them, and the scores of all: hours on two CPU cores, minutes on a GPU. Rerun the same command to go
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,9 @@ import torch
 import tyro
 
 from ip2p_ray.clip import Clip
-from ip2p_ray.miniature import autoencoder, editing, generator, judge, writer
+from ip2p_ray.errors import ConfigError, StageError
+from ip2p_ray.filtering import Thresholds
+from ip2p_ray.miniature import autoencoder, editing, generator, judge, parallel, writer
 from ip2p_ray.miniature.calibration import calibrate
 from ip2p_ray.miniature.shipping import EDITOR_SETTINGS, score, ship
 
@@ -37,8 +43,15 @@ class TrainMiniature:
     seed: int = 0
     device: str = "cpu"
     """cpu or cuda."""
-    threads: int = 2
-    """CPU threads."""
+    processes: int = 1
+    """CPU processes that share the batches of all trainings but the judge's. Another number is
+    another random stream, so another model of the same quality."""
+    threads: int = 1
+    """CPU threads of each process."""
+    calibration_pairs: int = 2_000
+    """Drawn pairs of each kind that the thresholds are calibrated on."""
+    tasks: int = 256
+    """Held-out edits that the editor is scored on."""
     autoencoder: autoencoder.AutoencoderConfig = field(
         default_factory=autoencoder.AutoencoderConfig
     )
@@ -48,60 +61,146 @@ class TrainMiniature:
     editing: editing.EditingConfig = field(default_factory=editing.EditingConfig)
 
 
+SETTINGS = "settings.json"
+"""What FOLDER was begun with."""
+
+ONLY_HOW = ("out", "device", "processes", "threads")
+"""Fields that a rerun may change."""
+
+
 def main(job: TrainMiniature) -> None:
-    """Every step in order; a step whose record is there is not done again."""
+    """Every step in order; a step whose record is there is not done again.
+
+    Raises:
+        ConfigError: the folder was begun with other settings, or several processes are to share
+            a GPU.
+    """
+    if job.processes > 1 and job.device != "cpu":
+        raise ConfigError(f"--processes {job.processes} are for the CPU, got --device {job.device}")
+    job.out.mkdir(parents=True, exist_ok=True)
+    _same_settings(job)
+    parallel.run(job.processes, train, job)
+
+
+def train(job: TrainMiniature) -> None:
+    """What each process does."""
     torch.set_num_threads(job.threads)
+    if not parallel.rank():
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     out, seed, device = job.out, job.seed, job.device
-    out.mkdir(parents=True, exist_ok=True)
+
+    def calibrated() -> dict[str, Any]:
+        clip = Clip.load(out / "judge", device)
+        return asdict(calibrate(clip, seed=seed, count=job.calibration_pairs))
 
     def pairs() -> dict[str, Any]:
-        calibration = calibrate(Clip.load(out / "judge", device), seed=seed)
+        found = json.loads((out / "records" / "calibration.json").read_text(encoding="utf-8"))
         models = editing.load_models(out, device)
-        editing.make_pairs(models, job.editing, calibration.thresholds, out, seed=seed)
-        return {**asdict(calibration), "funnel": editing.pair_funnel(out)}
+        thresholds = Thresholds(**found["thresholds"])
+        editing.make_pairs(models, job.editing, thresholds, out, seed=seed)
+        parallel.meet()
+        funnel = editing.pair_funnel(out)
+        if not funnel.get("kept"):
+            raise StageError(f"no candidate was kept, so there is nothing to train on: {funnel}")
+        return {"funnel": funnel}
 
     def editor() -> dict[str, Any]:
         return editing.train_editor(job.editing, out, EDITOR_SETTINGS, seed=seed, device=device)
 
-    steps: dict[str, Callable[[], dict[str, Any]]] = {
-        "autoencoder": lambda: autoencoder.train(job.autoencoder, out, seed=seed, device=device),
-        "decoder": lambda: autoencoder.train_decoder(
-            job.autoencoder, out, seed=seed, device=device
-        ),
-        "judge": lambda: judge.train(job.judge, out, seed=seed, device=device),
-        "writer": lambda: writer.train(job.writer, out, seed=seed, device=device),
-        "generator": lambda: generator.train(job.generator, out, seed=seed, device=device),
-        "pairs": pairs,
-        "editor": editor,
-        "scores": lambda: score(out, seed=seed, device=device),
-    }
-    for name, step in steps.items():
-        _once(out / "records" / f"{name}.json", step)
-    ship(out, job.editing, command=_command(job))
-    logger.info("done: %s", out / "weights")
+    def told(step: Any, config: Any) -> Callable[[], dict[str, Any]]:
+        return lambda: step(config, out, seed=seed, device=device)
+
+    _once(out, "autoencoder", device, told(autoencoder.train, job.autoencoder))
+    _once(out, "decoder", device, told(autoencoder.train_decoder, job.autoencoder))
+    _once(out, "judge", device, _first_alone(told(judge.train, job.judge)))
+    _once(out, "writer", device, told(writer.train, job.writer))
+    _once(out, "generator", device, told(generator.train, job.generator))
+    _once(out, "calibration", device, _first_alone(calibrated))
+    _once(out, "pairs", device, pairs)
+    _once(out, "editor", device, editor)
+    scored = partial(score, out, job.editing, seed=seed, tasks=job.tasks, device=device)
+    _once(out, "scores", device, _first_alone(scored))
+    if not parallel.rank():
+        ship(out, job.editing, command=command(job))
+        logger.info("done: %s", out / "weights")
 
 
-def _once(record: Path, step: Callable[[], dict[str, Any]]) -> None:
+def _same_settings(job: TrainMiniature) -> None:
+    """Notes the settings in the folder, or compares them with those noted."""
+    path = job.out / SETTINGS
+    now = json.loads(json.dumps({k: v for k, v in asdict(job).items() if k not in ONLY_HOW}))
+    if not path.exists():
+        _write(path, now)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != now:
+        changed = ", ".join(name for name in now if before.get(name) != now[name])
+        raise ConfigError(
+            f"{job.out} was begun with another {changed} ({path}): give another --out"
+        )
+
+
+def _first_alone(step: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """The step in the first process only, the others wait."""
+    return lambda: {} if parallel.rank() else step()
+
+
+def _once(out: Path, name: str, device: str, step: Callable[[], dict[str, Any]]) -> None:
     """Run the step unless its record says that it was done; the record is written last."""
-    if record.exists():
-        logger.info("%s: done before", record.stem)
+    record = out / "records" / f"{name}.json"
+    if parallel.agreed(record.exists()):
+        logger.info("%s: done before", name)
         return
     began = time.monotonic()
     result = step()
-    content = {"wall_seconds": round(time.monotonic() - began, 1), **result}
-    record.parent.mkdir(exist_ok=True)
-    temporary = record.with_suffix(".partial")
+    parallel.meet()
+    if not parallel.rank():
+        spent = round(time.monotonic() - began, 1)
+        content = {"wall_seconds": spent, "device": _device(device), **result}
+        record.parent.mkdir(exist_ok=True)
+        _write(record, content)
+        logger.info("%s: %s", name, content)
+    parallel.meet()
+
+
+def _write(path: Path, content: Any) -> None:
+    temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(record)
-    logger.info("%s: %s", record.stem, content)
+    temporary.replace(path)
 
 
-def _command(job: TrainMiniature) -> str:
-    return (
-        f"python -m ip2p_ray.miniature.train --out FOLDER --seed {job.seed} --device {job.device}"
-    )
+def _device(device: str) -> str:
+    """For the model card, such as "x86_64 CPU, 2 processes of 1 thread"."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    processes = f"{parallel.count()} processes of " if parallel.count() > 1 else ""
+    return f"{platform.machine()} CPU, {processes}{threads}"
+
+
+def command(job: TrainMiniature) -> str:
+    """What to type to train the same again."""
+    flags = [f"--seed {job.seed}", *_changed("", job, TrainMiniature(out=job.out))]
+    return f"python -m ip2p_ray.miniature.train --out FOLDER {' '.join(flags)}"
+
+
+def _changed(prefix: str, config: Any, default: Any) -> list[str]:
+    """Flags of the fields that differ from their defaults."""
+    flags = []
+    for name in (prefix + one.name for one in fields(config)):
+        value, usual = (getattr(c, name.removeprefix(prefix)) for c in (config, default))
+        if value == usual or name == "seed":
+            continue
+        if is_dataclass(value):
+            flags += _changed(f"{name}.", value, usual)
+        else:
+            words = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags.append(f"--{name.replace('_', '-')} {words}")
+    return flags
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    main(tyro.cli(TrainMiniature))
+    try:
+        main(tyro.cli(TrainMiniature))
+    except ConfigError as error:
+        sys.exit(f"train: {error}")

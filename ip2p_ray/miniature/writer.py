@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ip2p_ray.miniature import grammar
+from ip2p_ray.miniature import grammar, parallel
 from ip2p_ray.miniature.feed import scene_batch, step_random, training_edit
 from ip2p_ray.miniature.fit import FitConfig, fit
 from ip2p_ray.miniature.vocabulary import END, sentences
@@ -24,7 +24,7 @@ from ip2p_ray.triplets.prompt import completion, completion_prompt
 class WriterConfig:
     """How the writer is trained."""
 
-    steps: int = 2_000
+    steps: int = 5_500
     batch_size: int = 64
     learning_rate: float = 2e-3
 
@@ -80,9 +80,11 @@ def train(config: WriterConfig, folder: Path, *, seed: int, device: str) -> dict
     words = tokenizer()
     end = int(words.convert_tokens_to_ids(END))
     model: Any = build(len(words), end).to(device)
+    count = parallel.share(config.batch_size)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rows = examples(step_random("writer", seed, step), config.batch_size)
+        rng = step_random("writer", seed, step, rank=parallel.rank())
+        rows = examples(rng, count)
         ids, target = _pad(words, rows, end)
         logits = model(input_ids=ids.to(device)).logits[:, :-1]
         value = F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten().to(device))
@@ -90,8 +92,9 @@ def train(config: WriterConfig, folder: Path, *, seed: int, device: str) -> dict
 
     fit_config = FitConfig(steps=config.steps, learning_rate=config.learning_rate)
     result = fit("writer", model, loss, fit_config, folder / "state")
-    model.cpu().save_pretrained(folder / "writer")
-    words.save_pretrained(folder / "writer")
+    if not parallel.rank():
+        model.cpu().save_pretrained(folder / "writer")
+        words.save_pretrained(folder / "writer")
     return result
 
 
