@@ -8,8 +8,10 @@ captions --> triplets --> candidates --> pairs --> latents --> checkpoints --> e
    |            '-- (caption, instruction, edited caption), written by a language model
    '-- text only
 
-Each arrow is a module here (the algorithm, without Ray), a module in `stages/` (the same on Ray)
-and a command in `jobs/`; each noun is a dataset in `schema`. This module imports nothing.
+Each arrow up to the editor is a module here (the algorithm, without Ray) and a module in `stages/`
+(the same on Ray); the nouns up to latents are datasets in `schema`. `jobs/quickstart.py` runs all
+of these arrows on the miniature's models, and `jobs/edit.py` edits a picture. A command for each
+arrow, and the service, come later. This module imports nothing.
 """
 
 __version__ = "0.1.0"

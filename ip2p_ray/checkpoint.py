@@ -10,12 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ip2p_ray.atomic import atomic_folder, remove_folder, remove_leftovers, sync
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, ModelError
 from ip2p_ray.training.ema import Ema
@@ -31,7 +28,6 @@ from ip2p_ray.training.state import TrainState
 EDITOR_DEFAULTS = "editor_defaults.json"
 CHECKSUMS, FACTS = "checksums.json", "state.json"
 PARTS = ("unet", "ema", "optimizer")
-LOG = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: str | Path, state: TrainState, *, keep: int | None = 2) -> Path:
@@ -44,15 +40,14 @@ def save_checkpoint(folder: str | Path, state: TrainState, *, keep: int | None =
         raise ConfigError(f"keep is at least 1 or None, got {keep}")
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(root)
+    remove_leftovers(root)
     target = root / f"step-{state.step:08d}"
     if not _is_whole(target):
-        with _temporary(root, ".writing-") as temporary:
-            write_checkpoint(temporary, state)
-            _take_place(temporary, target)
+        with atomic_folder(target) as new:
+            write_checkpoint(new, state)
     for old in _steps(root)[:-keep] if keep else []:
         if old != target:
-            _remove(old)
+            remove_folder(old)
     return target
 
 
@@ -76,11 +71,11 @@ def write_checkpoint(folder: str | Path, state: TrainState) -> None:
     _write_json(root / FACTS, state.facts())
     names = [f"{part}.safetensors" for part in PARTS] + [FACTS]
     for name in names:
-        _flush(root / name)
+        sync(root / name)
     sums = {name: _checksum(root / name) for name in names}
     _write_json(root / CHECKSUMS, sums)
-    _flush(root / CHECKSUMS)
-    _flush(root)
+    sync(root / CHECKSUMS)
+    sync(root)
 
 
 def load_checkpoint(folder: str | Path, state: TrainState) -> None:
@@ -117,19 +112,13 @@ def export_editor(
 
     With `ema` its UNet holds the averaged weights; the model keeps its own. `defaults` are fields
     of editor.EditSettings and travel as editor_defaults.json. `dtype` is that of the weights on
-    disk. The folder appears whole or not at all and replaces an older one, which steps aside into
-    a hidden sibling for the moment between two renames.
+    disk. The folder appears whole or not at all and replaces an older one.
     """
-    target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
     averaged = ema.applied_to(model.unet) if ema else contextlib.nullcontext()
-    with _temporary(target.parent, f".{target.name}-") as temporary, averaged:
-        model.save(temporary / "model", dtype=dtype)
+    with atomic_folder(folder) as new, averaged:
+        model.save(new, dtype=dtype)
         if defaults is not None:
-            _write_json(temporary / "model" / EDITOR_DEFAULTS, defaults)
-        for path in (temporary / "model").rglob("*"):
-            _flush(path)
-        _take_place(temporary / "model", target)
+            _write_json(new / EDITOR_DEFAULTS, defaults)
 
 
 def _steps(root: Path) -> list[Path]:
@@ -161,50 +150,3 @@ def _read_json(root: Path, name: str) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _temporary(parent: Path, prefix: str) -> Iterator[Path]:
-    """A folder beside the final one, gone after the block unless it was renamed."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _take_place(new: Path, target: Path) -> None:
-    """Rename; a folder that is in the way steps aside first and is removed after."""
-    aside = None
-    if target.exists():
-        aside = Path(tempfile.mkdtemp(prefix=".removing-", dir=target.parent))
-        target.rename(aside / target.name)
-    new.rename(target)
-    _flush(target.parent)
-    if aside:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove(folder: Path) -> None:
-    """Out of sight by one rename, then deleted: a half-deleted checkpoint is never seen."""
-    aside = Path(tempfile.mkdtemp(prefix=".removing-", dir=folder.parent))
-    folder.rename(aside / folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_leftovers(root: Path) -> None:
-    """What a killed process was writing or removing."""
-    for path in root.iterdir():
-        if path.name.startswith((".writing-", ".removing-")):
-            LOG.info("checkpoints: removing %s, left behind by a stopped process", path)
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Contents of a file, or the names in a folder, reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ip2p_ray.atomic import atomic_folder
 from ip2p_ray.errors import ConfigError, ModelError
 from ip2p_ray.images import UINT8
 
@@ -226,19 +226,11 @@ def save_clip(
             "resize_mode": "squash",
         },
     }
-    folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        tokenizer.save_pretrained(partial)
-        (partial / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        save_file(_stored(model, dtype), partial / WEIGHTS_FILE)
-        Clip.load(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(folder) as new:
+        tokenizer.save_pretrained(new)
+        (new / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(_stored(model, dtype), new / WEIGHTS_FILE)
+        Clip.load(new)
 
 
 def _require_folder(source: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from ip2p_ray.images import (
     to_tensor,
     to_uint8,
 )
+from ip2p_ray.settings import read_settings
 
 SEED_LIMIT = 2**63
 
@@ -345,12 +345,7 @@ def _upright_rgb(image: Image.Image | bytes) -> Image.Image:
 
 
 def _read_settings(path: Path) -> EditSettings:
-    if not path.exists():
-        return EditSettings()
-    try:
-        return EditSettings(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path} does not hold the settings of an editor: {error}") from error
+    return read_settings(EditSettings, path) if path.exists() else EditSettings()
 
 
 def _check_integer(name: str, value: object, *, least: int) -> None:

@@ -87,14 +87,20 @@ def question_key(answerer: str, task: int, image_guidance_scale: float) -> str:
 
 
 def questions(
-    tasks: Sequence[Mapping[str, Any]], config: EvaluationConfig, settings: EditSettings
+    tasks: Sequence[Mapping[str, Any]],
+    config: EvaluationConfig,
+    settings: EditSettings,
+    *,
+    generator_guidance_scale: float,
 ) -> list[dict[str, Any]]:
     """Rows of QUESTIONS about tasks, which have caption, instruction, edited_caption, source_image.
 
-    Everyone is asked at the settings' scales; the trained and the shipped editor also at those of
-    the curve.
+    Every editor is asked at the settings' scales; the trained and the shipped one also at those of
+    the curve. The generator has a scale of its own, and stands at the usual image_guidance_scale,
+    which it does not know.
     """
     usual = settings.image_guidance_scale
+    own = {GENERATOR_ONLY: generator_guidance_scale}
     asked = [(GENERATOR_ONLY, task, usual) for task in range(len(tasks))]
     asked += [(START, task, usual) for task in range(len(tasks[: config.shown]))]
     for answerer in (EDITOR, SHIPPED):
@@ -112,7 +118,7 @@ def questions(
             "answerer": answerer,
             "task": task,
             "seed": stream_seed("evaluation", config.seed, task),
-            "text_guidance_scale": settings.text_guidance_scale,
+            "text_guidance_scale": own.get(answerer, settings.text_guidance_scale),
             "image_guidance_scale": scale,
         }
         for answerer, task, scale in asked

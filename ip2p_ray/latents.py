@@ -7,8 +7,6 @@ memory-mapped files.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from ip2p_ray.atomic import atomic_file
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, DatasetError, ModelError
 from ip2p_ray.schema import LATENTS
@@ -200,20 +199,14 @@ def _mapped(shards: Sequence[Path], cache: Path | None) -> list[Path]:
 
 
 def _convert(shards: Sequence[Path], target: Path) -> None:
-    """One Arrow file of all shards, visible only when whole; a second process may do the same."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with pa.ipc.new_file(file, LATENTS) as writer:
-                for shard in shards:
-                    for batch in _parquet_batches(shard):
-                        writer.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    """One Arrow file of all shards, visible only when whole; of two processes one makes it."""
+    with atomic_file(target) as path:
+        if target.exists():
+            return  # made by another while this one waited
+        with path.open("wb") as file, pa.ipc.new_file(file, LATENTS) as writer:
+            for shard in shards:
+                for batch in _parquet_batches(shard):
+                    writer.write_batch(batch)
 
 
 def _parquet_batches(shard: Path) -> Iterable[pa.RecordBatch]:

@@ -1,7 +1,12 @@
 """Datasets as URIs of Parquet shards, made whole by a manifest that is written last.
 
-    <uri>/pairs-00000.parquet ...   each appears by an atomic rename, complete or not at all
+    <uri>/pairs-00000.parquet ...   its rows
     <uri>/_manifest.json            lists them; a dataset without it is still being made
+
+What is written here appears by an atomic rename, complete or not at all. The shards of a plan of
+Ray Data (`stages.plan`) are Ray's: each is written under its final name, so a kill may leave one
+that is cut. Ray's notes name it, and the next run deletes it before it goes on; no manifest is
+written while one is there, because `write_manifest` reads every shard's footer.
 
 Only local folders now, as plain paths or file:// URIs.
 """
@@ -10,10 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ip2p_ray import __version__
+from ip2p_ray.atomic import atomic_file, remove_leftovers
 from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.schema import SCHEMA_VERSION
 
 MANIFEST = "_manifest.json"
-_TEMPORARY = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,34 +91,15 @@ def join(uri: str | Path, *names: str) -> str:
     return "/".join([str(uri).rstrip("/"), *names])
 
 
-@contextmanager
-def atomic_file(uri: str | Path) -> Iterator[Path]:
-    """A temporary path in the same folder that takes the URI's place when the block succeeds.
-
-    Until then, and when the block fails, whatever was at the URI stays as it was. The bytes are on
-    the disk before the name changes.
-    """
-    path = local_path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """The file at the URI, atomically."""
-    with atomic_file(uri) as path:
+    with atomic_file(local_path(uri)) as path:
         path.write_bytes(data)
 
 
 def write_shard(uri: str | Path, name: str, table: pa.Table) -> None:
     """The table as the shard `<uri>/<name>.parquet`, atomically."""
-    with atomic_file(join(uri, f"{name}.parquet")) as path:
+    with atomic_file(local_path(uri) / f"{name}.parquet") as path:
         pq.write_table(table, path)
 
 
@@ -130,7 +113,7 @@ def write_manifest(uri: str | Path, manifest: Manifest) -> Manifest:
     """The manifest with the shards that lie there now; from here on the dataset is whole."""
     folder = local_path(uri)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_partial(uri)
+    remove_leftovers(folder)
     shards = [_shard(folder, name) for name in _shard_names(folder)]
     values = {**vars(manifest), "shards": shards}
     whole = Manifest(**values)
@@ -211,19 +194,13 @@ def read_dataset(
     return pa.concat_tables([schema.empty_table(), *(_read(shard, schema) for shard in shards)])
 
 
-def remove_partial(uri: str | Path, *, older_than: float = 3600.0) -> None:
-    """Removes temporary files below the URI that a killed run left, `older_than` seconds ago."""
-    folder = local_path(uri)
-    for path in folder.rglob(f".*{_TEMPORARY}"):
-        if time.time() - path.stat().st_mtime > older_than:
-            path.unlink(missing_ok=True)
-
-
 def _shard_names(folder: Path) -> list[str]:
-    names = (path.relative_to(folder) for path in folder.rglob("*.parquet"))
-    return sorted(
-        name.as_posix() for name in names if not any(part[0] in "._" for part in name.parts)
-    )
+    names = []
+    for place, folders, files in os.walk(folder):  # it passes over what is gone meanwhile
+        folders[:] = [name for name in folders if name[0] not in "._"]
+        shards = [name for name in files if name[0] not in "._" and name.endswith(".parquet")]
+        names += [(Path(place) / name).relative_to(folder).as_posix() for name in shards]
+    return sorted(names)
 
 
 def _shard(folder: Path, name: str) -> Shard:
@@ -241,12 +218,3 @@ def _read(uri: str, schema: pa.Schema) -> pa.Table:
         return pq.ParquetFile(path).read(columns=schema.names).select(schema.names).cast(schema)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DatasetError(f"shard {uri} does not have the expected columns: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""Small models with random weights: the fakes of this package's tests, and of yours.
+"""Small models with random weights: the fakes of this package's tests, and of yours; and kills.
 
 Their classes and their wiring are those of the real models; only the sizes and the weights
 are not. A call takes milliseconds on one core.
@@ -6,6 +6,11 @@ are not. A call takes milliseconds on one core.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,3 +124,41 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def killed_at(event: int, work: Callable[[], object]) -> bool:
+    """Whether `work`, in a child process, got as far as its file operation `event` (from 0).
+
+    kill -9 ends it there; opening to read is no operation. False: it was done before.
+
+    Raises:
+        RuntimeError: `work` failed; the child wrote its traceback to stderr.
+    """
+    child = os.fork()
+    if not child:
+        _work_until(event, work)
+    status = os.waitpid(child, 0)[1]
+    if status not in (0, signal.SIGKILL):
+        raise RuntimeError(f"the child process ended with wait status {status}")
+    return bool(status)
+
+
+def _work_until(event: int, work: Callable[[], object]) -> None:
+    """Never returns: the process ends, at the latest when the work is done."""
+    seen = 0
+
+    def count(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        reads = name == "open" and arguments[1] in ("r", "rb")
+        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and not reads:
+            seen += 1
+            if seen == event + 1:  # once: the kill is an operation too
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        sys.addaudithook(count)
+        work()
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
+from ip2p_ray.command import loading, require_place
+
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
@@ -44,6 +46,12 @@ class Edit:
             raise ValueError("--seed lies in [0, 2**63)")
         if self.steps is not None and self.steps < 1:
             raise ValueError("--steps is at least 1")
+        require_place("--out", self.target, folder=False)
+
+    @property
+    def target(self) -> Path:
+        """Where the edited picture goes."""
+        return self.out or self.image.with_name(f"{self.image.stem}-edited.png")
 
 
 def main(job: Edit) -> int:
@@ -51,13 +59,12 @@ def main(job: Edit) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     if job.model is None or Path(job.model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from ip2p_ray.editor import Editor
-    from ip2p_ray.errors import Ip2pError
-    from ip2p_ray.images import encode_png
-    from ip2p_ray.miniature import weights
-    from ip2p_ray.storage import write_bytes
-
-    out = job.out or job.image.with_name(f"{job.image.stem}-edited.png")
+    with loading("edit"):
+        from ip2p_ray.editor import Editor
+        from ip2p_ray.errors import Ip2pError
+        from ip2p_ray.images import encode_png
+        from ip2p_ray.miniature import weights
+        from ip2p_ray.storage import write_bytes
     try:
         editor = weights.load_editor() if job.model is None else Editor.load(job.model)
         edited = editor.edit(
@@ -68,15 +75,20 @@ def main(job: Edit) -> int:
             image_guidance_scale=job.image_guidance_scale,
             steps=job.steps,
         )
-        write_bytes(str(out), encode_png(edited))
+        write_bytes(str(job.target), encode_png(edited))
+    except KeyboardInterrupt:
+        print("edit: stopped", file=sys.stderr)
+        return 130
     except (Ip2pError, OSError) as error:
         print(f"edit: {error}", file=sys.stderr)
         return 1
-    print(f"edit: {out} ({edited.width} x {edited.height})")
+    print(f"edit: {job.target} ({edited.width} x {edited.height})")
     return 0
 
 
 if __name__ == "__main__":
-    import tyro
+    with loading("edit"):
+        import tyro
 
-    sys.exit(main(tyro.cli(Edit)))
+        asked = tyro.cli(Edit)
+    sys.exit(main(asked))

@@ -15,13 +15,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
+from ip2p_ray.command import loading, require_place
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
     """From captions to a trained editor and a report, with the miniature's models."""
 
-    out: Path = Path("runs/quickstart")
-    """Folder for everything that is made; an unfinished run in it is continued."""
+    out: Path | None = None
+    """Folder for everything that is made, by default runs/quickstart, with --smoke runs/smoke; an
+    unfinished run in it is continued."""
     seed: int = 0
     """Of captions, replies, training and evaluation."""
     captions: int = 400
@@ -43,17 +46,25 @@ class Quickstart:
                 raise ValueError(f"--{name.replace('_', '-')} is at least 1")
         if not 0 <= self.seed < 2**31:
             raise ValueError("--seed lies in [0, 2**31)")
+        require_place("--out", self.folder, folder=True)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes: a smoke run has a folder of its own, for it makes other data."""
+        return self.out or Path("runs/smoke" if self.smoke else "runs/quickstart")
 
 
 def main(job: Quickstart) -> int:
     """Run the flow, or what is left of it; returns the exit status."""
-    print(f"quickstart: everything goes to {job.out}; loading the libraries", flush=True)
-    from ip2p_ray.stages import flow, run
-
-    return run.guarded("quickstart", lambda: flow.run_all(**vars(job)))
+    with loading("quickstart"):
+        print(f"quickstart: everything goes to {job.folder}; loading the libraries", flush=True)
+        from ip2p_ray.stages import flow, run
+    return run.guarded("quickstart", lambda: flow.run_all(**{**vars(job), "out": job.folder}))
 
 
 if __name__ == "__main__":
-    import tyro
+    with loading("quickstart"):
+        import tyro
 
-    sys.exit(main(tyro.cli(Quickstart, config=(tyro.conf.FlagCreatePairsOff,))))
+        asked = tyro.cli(Quickstart, config=(tyro.conf.FlagCreatePairsOff,))
+    sys.exit(main(asked))

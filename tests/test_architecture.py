@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LINES = (
-    {"schema", "errors", "images", "report"},
+    {"schema", "errors", "images", "report", "atomic", "command", "settings"},
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
     {"pairs", "filtering", "latents", "training", "checkpoint"},
     # presets gathers the configs of the lines above; nothing above reads it
@@ -33,6 +33,11 @@ ONLY_IN = {
     "open_clip": ("clip", "miniature", TESTING),
 }
 """Which parts may import a heavy or optional library."""
+
+
+RENAMING = {"rename", "renames", "mkdtemp", "mkstemp"}
+"""Calls of whoever replaces files in its own way; only `atomic` does, and the miniature's training,
+whose folders hold nothing but its own work."""
 
 
 class Import(NamedTuple):
@@ -116,6 +121,28 @@ def test_no_module_breaks_the_import_rule():
 def test_every_module_has_its_place():
     parts = {part_of(module) for module, _ in modules()} - {"", TESTING}
     assert not {part for part in parts if line_of(part) is None}
+
+
+def renamings(source: str) -> list[int]:
+    """The lines on which a method or function of RENAMING is called."""
+    calls = (node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return [
+        called.lineno
+        for called in calls
+        if (isinstance(called, ast.Attribute) and called.attr in RENAMING)
+        or (isinstance(called, ast.Name) and called.id in RENAMING)
+    ]
+
+
+def test_only_one_module_replaces_files_and_folders():
+    found = {
+        module: lines
+        for module, path in modules()
+        if not is_in(part_of(module), ("atomic", "miniature"))
+        and (lines := renamings(path.read_text("utf-8")))
+    }
+    assert not found
+    assert renamings("import os\nos.rename(a, b)\nPath(a).rename(b)\nmkdtemp()") == [2, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["utils", "common", "helpers", "misc", "core", "manager"])

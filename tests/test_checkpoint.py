@@ -1,9 +1,5 @@
 import json
-import os
 import shutil
-import signal
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from ip2p_ray.checkpoint import (
 )
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, ModelError
-from ip2p_ray.testing import tiny_stable_diffusion
+from ip2p_ray.testing import killed_at, tiny_stable_diffusion
 from ip2p_ray.training.ema import Ema
 from ip2p_ray.training.state import TrainState
 
@@ -177,39 +173,15 @@ def test_another_model_or_run_is_refused_and_changes_nothing(tmp_path: Path) -> 
         load_checkpoint(folder, other)
 
 
-def kill_at(event: int, root: Path, state: TrainState) -> int:
-    """Save in a child process that is killed at its given file operation; its wait status."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    seen = 0
-
-    def count(name: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        reads = name == "open" and arguments[1] in ("r", "rb")
-        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and not reads:
-            seen += 1
-            if seen == event + 1:  # once: the kill is an operation too
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    try:
-        sys.addaudithook(count)
-        save_checkpoint(root, state, keep=1)
-        os._exit(0)
-    finally:
-        traceback.print_exc()
-        os._exit(1)
-
-
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_killed_at_any_file_operation(tmp_path: Path) -> None:
     first, second = new_state(1), new_state(2)
     expected = {1: contents(first), 2: contents(second)}
-    steps, status, event = [], signal.SIGKILL.value, 0
-    while status == signal.SIGKILL:
-        root = tmp_path / "run"
+    root = tmp_path / "run"
+    steps, killed, event = [], True, 0
+    while killed:
         save_checkpoint(root, first)
-        status = kill_at(event, root, second)
+        killed = killed_at(event, lambda: save_checkpoint(root, second, keep=1))
         latest = latest_checkpoint(root)
         assert latest is not None
         found = new_state()
@@ -220,7 +192,6 @@ def test_killed_at_any_file_operation(tmp_path: Path) -> None:
         assert [path.name for path in root.iterdir()] == ["step-00000002"]
         shutil.rmtree(root)
         event += 1
-    assert status == 0
     assert steps == sorted(steps)
     assert set(steps) == {1, 2}
     assert event > 20, event

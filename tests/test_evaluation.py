@@ -22,7 +22,7 @@ TASKS = [
 def asked(answerer, **facts):
     return [
         row
-        for row in questions(TASKS, CONFIG, SETTINGS)
+        for row in questions(TASKS, CONFIG, SETTINGS, generator_guidance_scale=3.0)
         if row["answerer"] == answerer and all(row[name] == facts[name] for name in facts)
     ]
 
@@ -36,8 +36,13 @@ def test_everyone_is_asked_at_the_usual_scale_and_editors_on_the_curve():
             assert [row["task"] for row in asked(answerer, image_guidance_scale=scale)] == [0, 1]
 
 
+def test_the_generator_has_a_guidance_scale_of_its_own():
+    for answerer, scale in (("generator_only", 3.0), ("start", 7.5), ("editor", 7.5)):
+        assert {row["text_guidance_scale"] for row in asked(answerer)} == {scale}
+
+
 def test_questions_have_keys_of_their_own_and_noise_of_their_task():
-    rows = questions(TASKS, CONFIG, SETTINGS)
+    rows = questions(TASKS, CONFIG, SETTINGS, generator_guidance_scale=3.0)
     assert len({row["question_key"] for row in rows}) == len(rows)
     seeds = {row["task"]: row["seed"] for row in rows}
     assert len(set(seeds.values())) == 3

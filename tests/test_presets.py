@@ -1,7 +1,11 @@
+import json
+import shutil
+
 import pytest
 
 from ip2p_ray import presets
 from ip2p_ray.errors import ConfigError, ModelError
+from ip2p_ray.miniature import weights
 from ip2p_ray.pairs import PairConfig
 
 
@@ -30,3 +34,13 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(ModelError, match="none does not exist"):
         presets.miniature(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "thresholds.json"])
+def test_an_unknown_setting_of_the_weights_is_named_with_its_file(tmp_path, name):
+    folder = tmp_path / "weights"
+    shutil.copytree(weights.WEIGHTS, folder)
+    content = json.loads((folder / name).read_text(encoding="utf-8"))
+    (folder / name).write_text(json.dumps({**content, "colour": 1}), encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"{name}: no such setting 'colour'"):
+        presets.miniature(folder)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,42 +132,15 @@ def test_another_schema_version_or_a_broken_manifest_is_refused(uri):
             storage.require_manifest(uri)
 
 
-class KilledError(Exception):
-    """Stands for whatever ends a write half-way."""
-
-
-def half_a_write(uri):
-    with storage.atomic_file(uri) as path:
-        path.write_bytes(b"half")
-        raise KilledError
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path):
-    uri = tmp_path / "folder" / "file"
-    with pytest.raises(KilledError):
-        half_a_write(uri)
-    assert names(uri.parent) == []
-    storage.write_bytes(uri, b"old")
-    with pytest.raises(KilledError):
-        half_a_write(uri)
-    assert uri.read_bytes() == b"old"
-    assert names(uri.parent) == ["file"]
-    storage.write_bytes(uri, b"new")
-    assert uri.read_bytes() == b"new"
-
-
-def test_leftovers_of_a_killed_run_are_no_shards_and_go_when_old(uri):
+def test_leftovers_of_a_killed_run_are_no_shards_and_go_with_the_manifest(uri):
     folder = storage.local_path(uri)
-    new, old = (folder / f".captions-{n}.parquet.abc.partial" for n in (7, 8))
-    for path in (new, old, folder / "_temporary.parquet"):
+    left = folder / ".captions-7.parquet.partial"
+    left.mkdir()
+    for path in (left / "new.parquet", folder / "_temporary.parquet"):
         path.write_bytes(b"half")
-    os.utime(old, (0, 0))
     assert len(storage.list_shards(uri)) == 2
     storage.write_manifest(uri, storage.read_manifest(uri))
-    assert new.exists()
-    assert not old.exists()
-    storage.remove_partial(uri, older_than=-1.0)
-    assert not new.exists()
+    assert not left.exists()
 
 
 def test_shards_may_lie_in_folders(tmp_path):

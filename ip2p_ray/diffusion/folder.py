@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import (
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ip2p_ray.atomic import atomic_folder
 from ip2p_ray.errors import ModelError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -56,21 +55,14 @@ def write_parts(folder: Path, parts: Mapping[str, Any], *, pipeline: str) -> Non
     """A diffusers folder with these parts, whole or not at all.
 
     `parts` has the names of PARTS, the scheduler being its config; `pipeline` is the class that
-    diffusers builds from the folder. Everything is written to a temporary sibling, which then
-    takes the name; a folder that was there is replaced.
+    diffusers builds from the folder. A folder that was there is replaced.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
+    with atomic_folder(folder) as new:
         for name in ("unet", "vae", "text_encoder", "tokenizer"):
-            parts[name].save_pretrained(temporary / name)
-        (temporary / "scheduler").mkdir()
-        _write_json(temporary / "scheduler" / "scheduler_config.json", parts["scheduler"])
-        _write_json(temporary / "model_index.json", _model_index(parts, pipeline))
-        _take_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            parts[name].save_pretrained(new / name)
+        (new / "scheduler").mkdir()
+        _write_json(new / "scheduler" / "scheduler_config.json", parts["scheduler"])
+        _write_json(new / "model_index.json", _model_index(parts, pipeline))
 
 
 def _check_source(source: str) -> None:
@@ -149,14 +141,3 @@ def _model_index(parts: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _take_place(temporary: Path, folder: Path) -> None:
-    """`temporary` renamed to `folder`; an older folder steps aside first and is then removed."""
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    folder.rename(aside / folder.name)
-    temporary.rename(folder)
-    shutil.rmtree(aside)

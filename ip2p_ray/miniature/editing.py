@@ -46,14 +46,14 @@ CHUNK = 16
 class EditingConfig:
     """How pairs are made and the editor is trained from them."""
 
-    triplets: int = 3_000
+    triplets: int = 3_600
     """Captions given to the writer; most replies become triplets."""
     candidates: int = 2
     """Candidates of each triplet."""
     sampling_steps: int = 12
     guidance_scale: tuple[float, float] = (2.0, 4.0)
     self_replace: tuple[float, float] = (0.0, 0.8)
-    steps: int = 2_000
+    steps: int = 4_500
     """Optimizer steps of the editor."""
     batch_size: int = 64
     learning_rate: float = 5e-4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ip2p_ray.atomic import atomic_folder
 from ip2p_ray.miniature import parallel
 from ip2p_ray.miniature.pace import Pace
 
@@ -112,14 +112,9 @@ def fit(
 
 
 def save_module(module: Any, folder: Path) -> None:
-    """`module.save_pretrained`; each file appears whole, and an older one stays until then."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    module.save_pretrained(partial)
-    folder.mkdir(exist_ok=True)
-    for path in partial.iterdir():
-        path.replace(folder / path.name)
-    partial.rmdir()
+    """`module.save_pretrained`; the folder appears whole, and an older one stays until then."""
+    with atomic_folder(folder) as new:
+        module.save_pretrained(new)
 
 
 def _schedule(step: int, config: FitConfig) -> float:

@@ -48,7 +48,7 @@ class Pool:
 class GeneratorConfig:
     """How the UNet is built and trained."""
 
-    steps: int = 3_200
+    steps: int = 10_600
     batch_size: int = 64
     learning_rate: float = 1e-3
     empty_captions: float = 0.1

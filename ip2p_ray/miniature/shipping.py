@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from ip2p_ray.atomic import atomic_folder
 from ip2p_ray.diffusion.sample import text_to_image
 from ip2p_ray.editor import Editor
 from ip2p_ray.filtering import Thresholds
@@ -91,8 +92,18 @@ def ship(folder: Path, config: EditingConfig, *, command: str) -> Path:
 
     What `folder`/notes.md says goes into the card: how the weights came about otherwise.
     """
-    target = folder / ".weights.partial"
-    shutil.rmtree(target, ignore_errors=True)
+    records = _records(folder)
+    with atomic_folder(folder / "weights") as target:
+        _pack(folder, target, config, records)
+        own = folder / "notes.md"
+        notes = own.read_text(encoding="utf-8") + "\n" if own.exists() else ""
+        card = _card(records, command, target, notes)
+        (target / "README.md").write_text(card, encoding="utf-8")
+    return folder / "weights"
+
+
+def _pack(folder: Path, target: Path, config: EditingConfig, records: dict[str, Any]) -> None:
+    """Everything but the model card."""
     for part in ("writer", "judge", "generator", "editor"):
         shutil.copytree(folder / part, target / part)
     for shared in ("vae", "text_encoder", "tokenizer", "scheduler"):
@@ -103,18 +114,12 @@ def ship(folder: Path, config: EditingConfig, *, command: str) -> Path:
         content = json.loads(path.read_text(encoding="utf-8"))
         content.pop("_name_or_path", None)  # a path of the machine that trained
         _write(path, content)
-    records = _records(folder)
     _write(target / THRESHOLDS_FILE, records["calibration"]["thresholds"])
     pairs = asdict(config.pairs(Thresholds()))
     del pairs["thresholds"]
     _write(target / PAIRS_FILE, pairs)
     _write(target / "editor" / EDITOR_DEFAULTS, EDITOR_SETTINGS)
     _write(target / "scores.json", records["scores"])
-    own = folder / "notes.md"
-    notes = own.read_text(encoding="utf-8") + "\n" if own.exists() else ""
-    (target / "README.md").write_text(_card(records, command, target, notes), encoding="utf-8")
-    shutil.rmtree(folder / "weights", ignore_errors=True)
-    return target.rename(folder / "weights")
 
 
 def _halve(path: Path) -> None:

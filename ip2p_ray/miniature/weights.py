@@ -6,7 +6,6 @@ its UNet; `load_editor` puts the parts together and `Editor.save` writes them ou
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ip2p_ray.editor import Editor, EditSettings
 from ip2p_ray.errors import ModelError
 from ip2p_ray.filtering import Thresholds
 from ip2p_ray.pairs import PairConfig
+from ip2p_ray.settings import read_settings
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The folder that comes with the package."""
@@ -76,9 +76,9 @@ def load_editor(folder: Path = WEIGHTS, *, device: str | torch.device = "cpu") -
         unet, found = UNet2DConditionModel.from_pretrained(
             place, local_files_only=True, output_loading_info=True
         )
-        settings = EditSettings(**_read(folder / "editor" / EDITOR_DEFAULTS))
     except BROKEN as error:
         raise ModelError(f"the editor in {folder / 'editor'} cannot be loaded: {error}") from error
+    settings = read_settings(EditSettings, folder / "editor" / EDITOR_DEFAULTS)
     if found["missing_keys"]:
         raise ModelError(f"the editor's UNet in {place} lacks {found['missing_keys'][0]}")
     parts = replace(model, unet=unet.to(device).eval())
@@ -87,23 +87,10 @@ def load_editor(folder: Path = WEIGHTS, *, device: str | torch.device = "cpu") -
 
 def thresholds(folder: Path = WEIGHTS) -> Thresholds:
     """The least similarities of a kept pair, calibrated on drawn pairs for this judge."""
-    return Thresholds(**_read(folder / THRESHOLDS_FILE))
+    return read_settings(Thresholds, folder / THRESHOLDS_FILE)
 
 
 def pair_config(folder: Path = WEIGHTS, **changes: Any) -> PairConfig:
     """How the miniature's candidates are made and judged; `changes` replace single fields."""
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in _read(folder / PAIRS_FILE).items()
-    }
-    return PairConfig(**{**fields, "thresholds": thresholds(folder), **changes})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object")
-    return content
+    given = {"thresholds": thresholds(folder), **changes}
+    return read_settings(PairConfig, folder / PAIRS_FILE, **given)

@@ -21,7 +21,7 @@ from ip2p_ray.evaluation import ANSWERS, QUESTIONS, EvaluationConfig
 from ip2p_ray.images import decode_image, encode_png, to_pil
 from ip2p_ray.miniature import scores, weights
 from ip2p_ray.miniature.scenes import draw, edits
-from ip2p_ray.miniature.scores import EditTask, Pictures
+from ip2p_ray.miniature.scores import GENERATOR_SAMPLING, EditTask, Pictures
 from ip2p_ray.report import Report
 from ip2p_ray.stages import plan, run
 from ip2p_ray.training.unet import widen
@@ -38,7 +38,7 @@ class Answerers:
     generator: str
     """What training started from."""
     editing: EditSettings
-    """Of every answerer; the scales come with the question."""
+    """Of every editor; the scales come with the question. The generator has GENERATOR_SAMPLING."""
 
 
 class AnswerQuestions:
@@ -75,9 +75,9 @@ class AnswerQuestions:
             [row["seed"] for row in rows],
             height=settings.resolution,
             width=settings.resolution,
-            steps=settings.steps,
+            steps=GENERATOR_SAMPLING["steps"],
             guidance_scale=[row["text_guidance_scale"] for row in rows],
-            sampler=settings.sampler,
+            sampler=GENERATOR_SAMPLING["sampler"],
         )
         return [to_pil(picture) for picture in pictures]
 
@@ -130,7 +130,11 @@ def evaluate_editor(
     `trained` is the manifest of the checkpoints that the trained editor comes from.
     """
     questions, answers = storage.join(folder, "questions"), storage.join(folder, "answers")
-    settings = {**asdict(config), "editing": asdict(answerers.editing)}
+    settings = {
+        **asdict(config),
+        "editing": asdict(answerers.editing),
+        "generator": GENERATOR_SAMPLING,
+    }
 
     def origin(dataset: str) -> run.Origin:
         sources = {"checkpoints": trained.recipe}
@@ -138,7 +142,12 @@ def evaluate_editor(
 
     def ask() -> list[Report]:
         tasks = [_row(task) for task in scores.edit_tasks(config.tasks, config.seed)]
-        rows = evaluation.questions(tasks, config, answerers.editing)
+        rows = evaluation.questions(
+            tasks,
+            config,
+            answerers.editing,
+            generator_guidance_scale=GENERATOR_SAMPLING["guidance_scale"],
+        )
         storage.write_shard(
             questions, "questions-00000", pa.Table.from_pylist(rows, schema=QUESTIONS)
         )

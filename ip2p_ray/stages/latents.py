@@ -76,7 +76,7 @@ def encode_latents(
             unit="pairs",
             rows_per_block=resources.batch_size,
         )
-        seconds = time.monotonic() - began
+        seconds = run.earlier_seconds(uri) + time.monotonic() - began
         reasons = ["held_out" if split == "held_out" else None for split in _splits(pairs)]
         return [Report.count("latents", reasons, seconds)]
 

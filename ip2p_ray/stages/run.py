@@ -8,9 +8,10 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import ray
 
 import ip2p_ray
 from ip2p_ray import storage
+from ip2p_ray.atomic import remove_leftovers
 from ip2p_ray.errors import ConfigError, DatasetError, Ip2pError, StageError
 from ip2p_ray.report import Report, duration
 from ip2p_ray.schema import recipe
@@ -27,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 ORIGIN = "_origin.json"
 RESUME = ".resume"
+
+NOTE_EVERY_S = 10.0
+"""How often an attempt notes its time; kill -9 loses at most so much of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ def local_ray(*, workers: int) -> Iterator[None]:
     """
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if "RAY_ADDRESS" not in os.environ:
-        threads = max(1, (os.cpu_count() or 1) // workers)
+        threads = max(1, usable_cores() // workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         _make_importable()
         options |= {
@@ -99,26 +104,56 @@ def local_ray(*, workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def usable_cores() -> int:
+    """The cores that this process may use, which can be fewer than the machine has."""
+    counted = getattr(os, "process_cpu_count", None)  # from Python 3.13 on
+    if counted is not None:
+        return counted() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The folder, made if need be, for this process alone while the block runs.
 
+    What killed runs left half-written in it is cleared away first.
+
     Raises:
+        ConfigError: it cannot be made or written to.
         StageError: another process works there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"{folder} cannot be written to ({reason}); give another --out"
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StageError(
                 f"another run is working in {folder}; wait for it or give another folder"
             ) from error
+        remove_leftovers(folder)
         yield
 
 
-def make(uri: str, origin: Origin, build: Callable[[], Sequence[Report]]) -> storage.Manifest:
+def make(
+    uri: str,
+    origin: Origin,
+    build: Callable[[], Sequence[Report]],
+    *,
+    note_every_s: float = NOTE_EVERY_S,
+) -> storage.Manifest:
     """The manifest of the dataset at `uri`, made by `build` unless it lies there whole.
+
+    Its wall_seconds are those of all attempts at it. Each attempt notes its time in ORIGIN when it
+    ends and every `note_every_s` seconds, which is the most that kill -9 loses.
 
     Raises:
         DatasetError: something made from another origin lies there.
@@ -132,10 +167,9 @@ def make(uri: str, origin: Origin, build: Callable[[], Sequence[Report]]) -> sto
     if not (storage.local_path(uri) / ORIGIN).exists():
         # The dataset was deleted, and with it what these notes say was written.
         shutil.rmtree(resume_folder(uri), ignore_errors=True)
-    content = {**vars(origin), "digest": origin.digest}
-    storage.write_bytes(storage.join(uri, ORIGIN), json.dumps(content, indent=2).encode())
-    began = time.monotonic()
-    reports = build()
+    with _attempt(uri, origin, note_every_s) as seconds:
+        reports = build()
+        wall_seconds = seconds()
     manifest = storage.write_manifest(
         uri,
         storage.Manifest(
@@ -144,7 +178,7 @@ def make(uri: str, origin: Origin, build: Callable[[], Sequence[Report]]) -> sto
             recipe=origin.digest,
             models=origin.models,
             reports=[report.as_dict() for report in reports],
-            wall_seconds=round(time.monotonic() - began, 3),
+            wall_seconds=wall_seconds,
         ),
     )
     shutil.rmtree(resume_folder(uri), ignore_errors=True)
@@ -155,15 +189,60 @@ def make(uri: str, origin: Origin, build: Callable[[], Sequence[Report]]) -> sto
     return manifest
 
 
-def _check_origin(uri: str, origin: Origin) -> None:
+def earlier_seconds(uri: str) -> float:
+    """What earlier attempts at the dataset took, asked while it is being made."""
+    return sum(_attempts(uri)[:-1])
+
+
+@contextmanager
+def _attempt(uri: str, origin: Origin, every_s: float) -> Iterator[Callable[[], float]]:
+    """Writes ORIGIN and keeps the attempt's time in it; yields what tells that of all attempts."""
+    earlier, began = _attempts(uri), time.monotonic()
+    stop = threading.Event()
+
+    def note() -> None:
+        seconds = [*earlier, round(time.monotonic() - began, 3)]
+        content = {**vars(origin), "digest": origin.digest, "attempts": seconds}
+        storage.write_bytes(storage.join(uri, ORIGIN), json.dumps(content, indent=2).encode())
+
+    def note_now_and_then() -> None:
+        while not stop.wait(every_s):
+            with suppress(OSError):  # it is only a note; what matters fails where it is written
+                note()
+
+    note()
+    thread = threading.Thread(target=note_now_and_then, daemon=True)
+    thread.start()
+    try:
+        yield lambda: round(sum(earlier) + time.monotonic() - began, 3)
+    finally:
+        stop.set()
+        thread.join()
+        note()
+
+
+def _attempts(uri: str) -> list[float]:
+    """The seconds of each attempt, the newest last."""
+    attempts: list[float] = _read_origin(uri).get("attempts", [])
+    return attempts
+
+
+def _read_origin(uri: str) -> dict[str, Any]:
+    """ORIGIN as it was written, empty where there is none."""
     path = storage.local_path(uri) / ORIGIN
     if not path.exists():
-        return
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}; delete {path.parent}") from error
-    if found.get("digest") == origin.digest:
+    return found
+
+
+def _check_origin(uri: str, origin: Origin) -> None:
+    folder = storage.local_path(uri)
+    found = _read_origin(uri)
+    if not found or found.get("digest") == origin.digest:
         return
     changes = [
         f"{name} {found.get(part, {}).get(name)!r} there, {value!r} now"
@@ -172,7 +251,7 @@ def _check_origin(uri: str, origin: Origin) -> None:
         if found.get(part, {}).get(name) != value
     ]
     raise DatasetError(
-        f"{path.parent} was made differently ({'; '.join(changes) or 'by other code'}): give "
+        f"{folder} was made differently ({'; '.join(changes) or 'by other code'}): give "
         f"another --out, the settings it was made with, or delete it to have it made again"
     )
 
@@ -213,15 +292,15 @@ def guarded(name: str, work: Callable[[], object]) -> int:
 
 def own_error(error: BaseException | None) -> Ip2pError | None:
     """The error of this package that caused one of Ray's, in the process where it was raised."""
-    while error is not None:
-        cause = getattr(error, "cause", None) or error.__cause__
-        failures = getattr(error, "worker_failures", None)
-        if isinstance(failures, Mapping):
-            cause = next(iter(failures.values()), cause)
-        if isinstance(error, Ip2pError) and not isinstance(error, ray.exceptions.RayTaskError):
-            return error
-        error = cause
-    return None
+    if error is None:
+        return None
+    if isinstance(error, Ip2pError) and not isinstance(error, ray.exceptions.RayTaskError):
+        return error
+    failures = getattr(error, "worker_failures", None)
+    # Workers that only miss the one that failed are named beside it.
+    causes = list(failures.values()) if isinstance(failures, Mapping) else []
+    causes.append(getattr(error, "cause", None) or error.__cause__)
+    return next(filter(None, map(own_error, causes)), None)
 
 
 @contextmanager

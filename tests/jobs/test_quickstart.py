@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,37 @@ def test_a_bad_flag_ends_in_status_2_and_a_sentence(arguments, told):
     assert "Traceback" not in done.stderr
 
 
+def test_an_out_that_is_a_file_ends_in_status_2_and_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, told in ((tmp_path / "file", "is a file"), (tmp_path / "file/x", "cannot be made")):
+        done = run_job("--out", out)
+        assert done.returncode == 2
+        assert f"--out {out} {told}" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_smoke_run_has_a_folder_of_its_own():
+    """It makes other data, which a full run in the same folder would have to refuse."""
+    quickstart = runpy.run_path(str(JOB))["Quickstart"]
+    assert quickstart().folder == Path("runs/quickstart")
+    assert quickstart(smoke=True).folder == Path("runs/smoke")
+    assert quickstart(smoke=True, out=Path("here")).folder == Path("here")
+    told = " ".join(run_job("--help").stdout.split())
+    assert "by default runs/quickstart, with --smoke runs/smoke" in told
+
+
+@pytest.mark.ray
+def test_ctrl_c_while_the_libraries_load_ends_in_status_130_and_a_sentence(tmp_path):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, str(JOB), "--out", str(tmp_path / "out")]
+    job = subprocess.Popen(command, text=True, cwd=ROOT, **pipes)
+    assert job.stdout.readline().endswith("loading the libraries\n")
+    job.send_signal(signal.SIGINT)
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert told == "quickstart: stopped before it began\n"
+
+
 @pytest.mark.ray
 def test_a_missing_weights_folder_is_named_in_one_sentence(tmp_path):
     done = run_job("--weights", tmp_path / "none", "--out", tmp_path / "out")
@@ -91,6 +123,7 @@ def test_a_missing_weights_folder_is_named_in_one_sentence(tmp_path):
         "generator/unet/diffusion_pytorch_model.safetensors",
         "writer/model.safetensors",
         "judge/open_clip_model.safetensors",
+        "editor/unet/diffusion_pytorch_model.safetensors",
     ],
 )
 def test_broken_weights_are_named_in_one_sentence(tiny_weights, tmp_path, part):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-import ip2p_ray
 from ip2p_ray.miniature import parallel
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
+WORK = """
+import json
 import torch
 from torch import nn
 from ip2p_ray.errors import ConfigError
@@ -23,6 +20,7 @@ from ip2p_ray.miniature import parallel
 from ip2p_ray.miniature.fit import FitConfig, fit
 
 def work(folder, started):
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     module = nn.Linear(4, 1)
     drawn = torch.randn(20, 8, 4, generator=torch.Generator().manual_seed(1))
@@ -43,11 +41,6 @@ def work(folder, started):
     weights = [p.flatten().tolist() for p in module.parameters()]
     said = {"told": told, "uneven": uneven, "weights": weights}
     (folder / f"{started}-{parallel.rank()}.json").write_text(json.dumps(said))
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    started = int(sys.argv[2])
-    parallel.run(started, work, Path(sys.argv[1]), started)
 """
 
 
@@ -58,16 +51,18 @@ def test_a_single_process_is_alone() -> None:
     parallel.meet()
 
 
-def test_two_processes_train_the_weights_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(Path(ip2p_ray.__file__).parents[1])}
+def test_two_processes_train_the_weights_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The processes are started afresh, so what they do must be importable by name.
+    (tmp_path / "shared_batch.py").write_text(WORK, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    work = importlib.import_module("shared_batch").work
     found = {}
     for count in (1, 2):
         folder = tmp_path / str(count)
         folder.mkdir()
-        command = [sys.executable, str(script), str(folder), str(count)]
-        subprocess.run(command, check=True, env=environment)
+        parallel.run(count, work, folder, count)
         assert (folder / "toy.pt").exists()
         said = [json.loads((folder / f"{count}-{k}.json").read_text()) for k in range(count)]
         assert all(one["told"] for one in said)

@@ -57,7 +57,7 @@ def test_the_writer_writes_edits() -> None:
 
 
 def test_the_editor_beats_copying_the_input() -> None:
-    tasks = scores.edit_tasks(24, seed=11)
+    tasks = scores.edit_tasks(12, seed=11)
     sources = scores.source_pictures(tasks)
     edited = weights.load_editor().edit_batch(
         [to_pil(source) for source in sources], [task.instruction for task in tasks]

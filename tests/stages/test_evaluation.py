@@ -6,8 +6,11 @@ import pytest
 from PIL import Image
 
 from ip2p_ray import evaluation
+from ip2p_ray.diffusion.model import StableDiffusion
+from ip2p_ray.diffusion.sample import text_to_image
 from ip2p_ray.evaluation import ANSWERS
 from ip2p_ray.images import decode_image, encode_png
+from ip2p_ray.miniature.scores import GENERATOR_SAMPLING
 from ip2p_ray.stages.evaluation import (
     Answerers,
     AnswerQuestions,
@@ -64,6 +67,20 @@ def test_the_start_does_not_see_the_picture(answers, made):
         for picture in (answered["edited_image"][0].as_py(), row["edited_image"])
     )
     assert np.abs(near - there).max() <= 1
+
+
+def test_the_generator_answers_with_the_settings_of_its_model_card(answers, made):
+    row = usual_answers(answers, evaluation.GENERATOR_ONLY)[1]
+    (drawn,) = text_to_image(
+        StableDiffusion.load(made.preset.generator),
+        [row["edited_caption"]],
+        [row["seed"]],
+        height=64,
+        width=64,
+        **GENERATOR_SAMPLING,
+    )
+    there = np.asarray(decode_image(row["edited_image"]["bytes"])).astype(int)
+    assert np.abs(there - drawn).max() <= 1
 
 
 def test_scores_have_their_baselines(made):

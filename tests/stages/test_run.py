@@ -1,8 +1,10 @@
 import json
+import os
 import pickle
 from dataclasses import replace
 
 import pytest
+import ray.train
 
 from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError, DatasetError, ModelError, StageError
@@ -91,6 +93,61 @@ def test_the_origin_is_written_before_the_rows(tmp_path):
     assert found[0]["config"] == {"count": 3, "range": [0.1, 0.9]}
 
 
+def test_the_seconds_of_stopped_attempts_count(tmp_path):
+    """An attempt is noted while it runs, so that kill -9 loses little of it."""
+    uri, noted = str(tmp_path / "captions"), []
+
+    def spent():
+        return json.loads((tmp_path / "captions" / run.ORIGIN).read_text())["attempts"]
+
+    def stopped():
+        while not spent()[-1]:
+            pass
+        noted.append(spent()[-1])
+        raise StageError("stopped")
+
+    for count in (1, 2):
+        with pytest.raises(StageError):
+            run.make(uri, ORIGIN, stopped, note_every_s=0.01)
+        assert len(spent()) == count
+    earlier = []
+    manifest = run.make(uri, ORIGIN, lambda: earlier.append(run.earlier_seconds(uri)) or [])
+    assert earlier[0] >= sum(noted) > 0
+    assert manifest.wall_seconds >= earlier[0]
+    assert storage.read_manifest(uri).wall_seconds == manifest.wall_seconds
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="give another --out"), run.locked(place):
+            pass
+
+
+def test_a_lock_clears_away_what_a_kill_left(tmp_path):
+    """Here the kill fell between the two renames of a replacement."""
+    left = tmp_path / "deep" / ".editor.partial"
+    for part in ("new", "old"):
+        (left / part).mkdir(parents=True)
+        (left / part / "weights").write_text(part)
+    (tmp_path / ".metrics.json.partial").mkdir()
+    with run.locked(tmp_path):
+        assert (tmp_path / "deep" / "editor" / "weights").read_text() == "new"
+        names = {path.name for path in tmp_path.rglob("*")}
+        assert names == {".lock", "deep", "editor", "weights"}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_the_cores_are_those_this_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert run.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert run.usable_cores() == len(allowed)
+
+
 def test_a_folder_is_locked_against_a_second_run(tmp_path):
     with (
         run.locked(tmp_path / "out"),
@@ -132,6 +189,12 @@ def test_the_own_error_behind_others_is_found():
     error.__cause__ = ModelError("the cause")
     assert str(run.own_error(error)) == "the cause"
     assert run.own_error(ValueError("else")) is None
+
+
+def test_the_own_error_of_one_worker_is_found_behind_those_of_others():
+    failures = {0: RuntimeError("connection closed by peer"), 1: ModelError("the cause")}
+    error = ray.train.WorkerGroupError("text", failures)
+    assert str(run.own_error(error)) == "the cause"
 
 
 @pytest.mark.parametrize("changes", [{"actors": 0}, {"batch_size": 0}, {"cpus": -1}])

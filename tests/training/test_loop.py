@@ -77,22 +77,30 @@ def test_same_seed_same_run(dataset: LatentDataset, plain: Run) -> None:
     assert losses(one) != losses(other)
 
 
+RESUMED = dataclasses.replace(CONFIG, gradient_accumulation=2, max_grad_norm=0.5, warmup_steps=3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: LatentDataset) -> Run:
+    """The run of RESUMED."""
+    return run(dataset, RESUMED)
+
+
 @pytest.mark.parametrize("stop", [1, 3])
-def test_resume_is_bit_exact(dataset: LatentDataset, stop: int) -> None:
-    config = dataclasses.replace(CONFIG, gradient_accumulation=2, max_grad_norm=0.5, warmup_steps=3)
-    whole, expected = run(dataset, config)
+def test_resume_is_bit_exact(dataset: LatentDataset, undisturbed: Run, stop: int) -> None:
+    whole, expected = undisturbed
     model = tiny_stable_diffusion()
-    state = start(model, config)
-    loop = train(model, dataset, config, state=state)
+    state = start(model, RESUMED)
+    loop = train(model, dataset, RESUMED, state=state)
     before = [next(loop) for _ in range(stop)]
     saved = copy.deepcopy((state.tensors(), state.facts()))
     next(loop, None)  # goes on, and must not touch what was saved
 
     fresh = tiny_stable_diffusion(seed=99)
     fresh.text_encoder, fresh.vae = model.text_encoder, model.vae
-    resumed = start(fresh, config)
+    resumed = start(fresh, RESUMED)
     resumed.restore(*saved)
-    after = list(train(fresh, dataset, config, state=resumed))
+    after = list(train(fresh, dataset, RESUMED, state=resumed))
     assert losses(before + after) == losses(whole)
     assert [row.grad_norm for row in before + after] == [row.grad_norm for row in whole]
     assert_same(resumed, expected)

@@ -1,0 +1,51 @@
+"""What a job does before its libraries are loaded; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ip2p_ray.errors import ConfigError
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """While the block runs, Ctrl-C ends the process with status 130 and one sentence.
+
+    As an exception it could get lost in a callback of the import system, or show a traceback.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # whoever started this process wants it otherwise
+        return
+
+    def stop(*_: object) -> None:
+        os.write(2, f"{name}: stopped before it began\n".encode())
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def require_place(flag: str, path: Path, *, folder: bool) -> None:
+    """Checks that a file, or a folder, can be written at `path`, as far as that can be seen now.
+
+    Raises:
+        ConfigError: it cannot; the flag, the path and the reason are named.
+    """
+    if folder and os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where it may not look
+        raise ConfigError(f"{flag} {path} is a file; give a folder")
+    if not folder and os.path.isdir(path):  # noqa: PTH112
+        raise ConfigError(f"{flag} {path} is a folder; give a file")
+    above = path.absolute() if folder else path.absolute().parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not os.path.isdir(above):  # noqa: PTH112
+        raise ConfigError(f"{flag} {path} cannot be made: {above} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path} cannot be made: {above} is not writable")

@@ -1,0 +1,72 @@
+"""What a job says for itself before it has loaded anything."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from ip2p_ray.command import loading, require_place
+from ip2p_ray.errors import ConfigError
+
+
+def test_ctrl_c_while_loading_ends_in_status_130_and_a_sentence():
+    code = (
+        "import time\nfrom ip2p_ray.command import loading\n"
+        "with loading('job'):\n    print('in', flush=True)\n    time.sleep(60)"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told == "job: stopped before it began\n"
+
+
+def test_ctrl_c_is_an_exception_again_afterwards():
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with loading("job"):
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with loading("job"):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, before)
+
+
+def test_places_that_can_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "new", tmp_path / "deep" / "new"):
+        require_place("--out", path, folder=True)
+    for path in (tmp_path / "file", tmp_path / "new", tmp_path / "deep" / "new"):
+        require_place("--out", path, folder=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "told"),
+    [
+        ("file", True, "is a file; give a folder"),
+        ("folder", False, "is a folder; give a file"),
+        ("file/below", True, "file is no folder"),
+        ("file/below/deep", False, "file is no folder"),
+    ],
+)
+def test_places_that_cannot_be_written_to_are_named(tmp_path, name, folder, told):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=rf"--out {re.escape(str(tmp_path / name))} .*{told}"):
+        require_place("--out", tmp_path / name, folder=folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("mode", [0o000, 0o555])
+def test_places_where_this_user_may_not_write_are_named(tmp_path, mode):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=mode)
+    for path in (closed / "new", closed / "deep" / "new"):
+        with pytest.raises(ConfigError, match="closed is not writable"):
+            require_place("--out", path, folder=True)
