@@ -7,7 +7,7 @@ Reduced are the pictures, 64 pixels for 512, and the layers of each UNet block, 
 float32) is 12 GB for 17. The whole depth is in the slow tests of test_pairs, test_editor and
 training/test_unet, which hold no optimizer.
 
-Needs 13 GB of memory and 12 GB of disk, which it gives back, and some minutes.
+Needs 12 GB of memory and 12 GB of disk, which it gives back, and some minutes.
 """
 
 from __future__ import annotations

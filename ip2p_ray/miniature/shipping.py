@@ -70,7 +70,7 @@ def score(
     )
     logger.info("scores: the generator alone has answered")
     funnel = editing.held_out_funnel(
-        models, config.pairs(thresholds), seed=seed + 2, count=tasks // 4
+        models, config.pairs(thresholds), seed=seed + 2, count=max(1, tasks // 4)
     )
     return {
         "judge_accuracy_of_64": scores.score_judge(models.clip, seed=seed + 1),

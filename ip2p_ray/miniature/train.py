@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from ip2p_ray.clip import Clip
-from ip2p_ray.errors import ConfigError, StageError
+from ip2p_ray.errors import ConfigError, Ip2pError, StageError
 from ip2p_ray.filtering import Thresholds
 from ip2p_ray.miniature import autoencoder, editing, generator, judge, parallel, writer
 from ip2p_ray.miniature.calibration import calibrate
@@ -134,7 +134,8 @@ def _same_settings(job: TrainMiniature) -> None:
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     if before != now:
-        changed = ", ".join(name for name in now if before.get(name) != now[name])
+        names = sorted({*before, *now})
+        changed = ", ".join(name for name in names if before.get(name) != now.get(name))
         raise ConfigError(
             f"{job.out} was begun with another {changed} ({path}): give another --out"
         )
@@ -202,5 +203,5 @@ def _changed(prefix: str, config: Any, default: Any) -> list[str]:
 if __name__ == "__main__":
     try:
         main(tyro.cli(TrainMiniature))
-    except ConfigError as error:
+    except Ip2pError as error:
         sys.exit(f"train: {error}")
