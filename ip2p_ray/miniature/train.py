@@ -134,7 +134,7 @@ def _same_settings(job: TrainMiniature) -> None:
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     if before != now:
-        names = sorted({*before, *now})
+        names = dict.fromkeys([*now, *before])
         changed = ", ".join(name for name in names if before.get(name) != now.get(name))
         raise ConfigError(
             f"{job.out} was begun with another {changed} ({path}): give another --out"
