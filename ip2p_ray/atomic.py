@@ -73,12 +73,23 @@ def remove_leftovers(folder: str | Path) -> None:
     """Settles what killed processes were writing in the folder and below; the living go on."""
     for above, folders, _ in os.walk(folder):
         for name in [name for name in folders if name.startswith(".") and name.endswith(SUFFIX)]:
-            folders.remove(name)
             place = Path(above) / name
+            if not _is_ours(place):
+                continue
+            folders.remove(name)
             lock = _enter(place, wait=False)
             if lock is not None:
                 logger.info("%s: left behind by a stopped process, cleared away", place)
                 _leave(place, lock)
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether the folder holds only what this module puts there: others use the suffix too."""
+    try:
+        names = {path.name for path in place.iterdir()}
+    except FileNotFoundError:  # its writer has just finished
+        return False
+    return not place.is_symlink() and names <= {LOCK, NEW, OLD}
 
 
 def sync(path: Path) -> None:

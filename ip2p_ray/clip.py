@@ -96,6 +96,8 @@ class Clip:
         except _BROKEN as error:
             kind = "weights" if named else "folder"
             raise ModelError(f"CLIP {kind} {source} cannot be loaded: {error}") from error
+        if not named:
+            _require_words(tokenizer.tokenizer, source)
         return cls(model, tokenizer, device)
 
     @property
@@ -231,6 +233,14 @@ def save_clip(
         (new / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(_stored(model, dtype), new / WEIGHTS_FILE)
         Clip.load(new)
+
+
+def _require_words(tokenizer: Any, source: str) -> None:
+    # transformers answers a folder without a vocabulary with a tokenizer of its special tokens
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:
+        raise ModelError(f"CLIP folder {source} has no vocabulary (tokenizer.json)")
+    if tokenizer.pad_token is None:
+        raise ModelError(f"CLIP folder {source} names no padding token (tokenizer_config.json)")
 
 
 def _require_folder(source: str) -> None:

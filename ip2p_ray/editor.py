@@ -21,7 +21,7 @@ from ip2p_ray.diffusion.guidance import rescale, two_scale
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.noise import Spacing, row_generators, row_noise
 from ip2p_ray.diffusion.sample import Denoise, Sampler, sample
-from ip2p_ray.errors import ConfigError, ModelError
+from ip2p_ray.errors import ConfigError, ImageError, ModelError
 from ip2p_ray.images import (
     decode_image,
     edit_size,
@@ -94,6 +94,10 @@ class EditRequest:
             raise ConfigError(f"image is a PIL image or bytes, got {type(self.image).__name__}")
         if not isinstance(self.instruction, str):
             raise ConfigError(f"instruction is a text, got {self.instruction!r}")
+        try:
+            self.instruction.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"instruction is no Unicode text: {error.reason}") from error
         _check_integer("seed", self.seed, least=0)
         if self.seed >= SEED_LIMIT:
             raise ConfigError(f"seed lies in [0, 2**63), got {self.seed}")
@@ -334,7 +338,11 @@ def _upright_rgb(image: Image.Image | bytes) -> Image.Image:
     """8-bit RGB, EXIF orientation applied, transparency on white, by the rules of decode_image."""
     if isinstance(image, bytes):
         return decode_image(image)
+    if 0 in image.size:
+        raise ImageError(f"image has no pixels: {image.width} x {image.height}")
     upright = ImageOps.exif_transpose(image)
+    if upright.mode == "La":
+        upright = upright.convert("LA")
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
     elif upright.mode not in ("I", "I;16", "I;16B", "I;16L", "F"):

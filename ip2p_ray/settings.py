@@ -12,10 +12,13 @@ from ip2p_ray.errors import ModelError
 Settings = TypeVar("Settings")
 
 
-def read_settings(kind: type[Settings], path: Path, **given: Any) -> Settings:
+def read_settings(
+    kind: type[Settings], path: Path, *, complete: bool = False, **given: Any
+) -> Settings:
     """The object of the dataclass `kind` that the file describes; a list becomes a tuple.
 
-    `given` are fields that stand elsewhere; they come before those of the file.
+    `given` are fields that stand elsewhere; they come before those of the file. Where the file has
+    to be `complete`, no field falls back to its default.
 
     Raises:
         ModelError: no readable JSON object, an unknown field, or a value that is not allowed.
@@ -30,6 +33,9 @@ def read_settings(kind: type[Settings], path: Path, **given: Any) -> Settings:
     for name in content:
         if name not in known:
             raise ModelError(f"{path}: no such setting {name!r}; there are {', '.join(known)}")
+    lacking = [name for name in known if name not in (*content, *given)]
+    if complete and lacking:
+        raise ModelError(f"{path} lacks {', '.join(lacking)}")
     found = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
     try:
         return kind(**{**found, **given})

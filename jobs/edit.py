@@ -6,6 +6,7 @@ python jobs/edit.py --image boat.png --instruction "make it night" --model runs/
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -46,6 +47,13 @@ class Edit:
             raise ValueError("--seed lies in [0, 2**63)")
         if self.steps is not None and self.steps < 1:
             raise ValueError("--steps is at least 1")
+        for name in ("text_guidance_scale", "image_guidance_scale"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise ValueError(f"--{name.replace('_', '-')} is a finite number")
+        if self.target.suffix.lower() != ".png":
+            raise ValueError(f"--out {self.target} does not end in .png, which is what is written")
+        if self.target.exists() and self.target.samefile(self.image):
+            raise ValueError(f"--out {self.target} is the picture itself")
         require_place("--out", self.target, folder=False)
 
     @property

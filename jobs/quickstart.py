@@ -44,6 +44,8 @@ class Quickstart:
         for name in ("captions", "candidates", "train_steps", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is at least 1")
+        if self.captions > 50_000:
+            raise ValueError("--captions is at most 50,000: the drawn world has not many more")
         if not 0 <= self.seed < 2**31:
             raise ValueError("--seed lies in [0, 2**31)")
         require_place("--out", self.folder, folder=True)

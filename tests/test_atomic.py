@@ -145,3 +145,22 @@ def test_writers_of_one_file_take_turns(tmp_path):
         thread.join()
     assert together == [1] * 80
     assert names(tmp_path) == ["target"]
+
+
+def test_what_other_programs_name_alike_is_left_alone(tmp_path):
+    theirs = tmp_path / "proj" / ".download.partial"
+    theirs.mkdir(parents=True)
+    (theirs / "precious").write_text("theirs")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".lock").touch()
+    (elsewhere / "new").write_text("theirs")
+    (tmp_path / "proj" / ".z.partial").symlink_to(elsewhere)
+    mixed = tmp_path / "proj" / ".mixed.partial"
+    mixed.mkdir()
+    for name in (".lock", "new", "precious"):
+        (mixed / name).touch()
+    remove_leftovers(tmp_path / "proj")
+    assert names(theirs) == ["precious"]
+    assert names(elsewhere) == [".lock", "new"]
+    assert names(mixed) == [".lock", "new", "precious"]

@@ -381,3 +381,16 @@ def test_zero_terminal_snr_with_trailing_steps() -> None:
     image = picture()
     latents = Editor(model).edit_latents([image], [request(image)], SETTINGS)
     assert bool(latents.isfinite().all())
+
+
+@pytest.mark.parametrize(("mode", "premultiplied"), [("LA", "La"), ("RGBA", "RGBa")])
+def test_premultiplied_pictures_are_edited(editor, mode, premultiplied):
+    image = Image.new(mode, (16, 16)).convert(premultiplied)
+    assert editor.edit(image, "x", steps=1).mode == "RGB"
+
+
+def test_a_picture_without_pixels_and_a_text_that_is_none_are_refused(editor):
+    with pytest.raises(ImageError, match="no pixels: 0 x 4"):
+        editor.edit(Image.new("RGB", (0, 4)), "x")
+    with pytest.raises(ConfigError, match="no Unicode text"):
+        editor.edit(Image.new("RGB", (16, 16)), "\ud800")

@@ -38,6 +38,14 @@ def test_whatever_is_wrong_names_the_file(tmp_path, content, told):
         read_settings(Thresholds, path)
 
 
+def test_a_file_that_has_to_be_complete_is(tmp_path):
+    path = written(tmp_path, {"text": 0.1, "image": 0.2})
+    assert read_settings(Thresholds, path).direction == Thresholds().direction
+    assert read_settings(Thresholds, path, complete=True, direction=0.5).direction == 0.5
+    with pytest.raises(ModelError, match=r"settings\.json lacks direction"):
+        read_settings(Thresholds, path, complete=True)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"none\.json cannot be read"):
         read_settings(Thresholds, tmp_path / "none.json")

@@ -25,6 +25,7 @@ import torch
 import tyro
 
 from ip2p_ray.clip import Clip
+from ip2p_ray.command import require_place
 from ip2p_ray.errors import ConfigError, Ip2pError, StageError
 from ip2p_ray.filtering import Thresholds
 from ip2p_ray.miniature import autoencoder, editing, generator, judge, parallel, writer
@@ -60,6 +61,19 @@ class TrainMiniature:
     generator: generator.GeneratorConfig = field(default_factory=generator.GeneratorConfig)
     editing: editing.EditingConfig = field(default_factory=editing.EditingConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("processes", "threads", "calibration_pairs", "tasks"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is at least 1, got {getattr(self, name)}")
+        for name in ("autoencoder", "writer", "generator", "editing"):
+            size = getattr(self, name).batch_size
+            if size % self.processes:
+                raise ConfigError(
+                    f"--{name}.batch-size {size} does not split over {self.processes} processes"
+                )
+        require_place("--out", self.out, folder=True)
+
 
 SETTINGS = "settings.json"
 """What FOLDER was begun with."""
@@ -72,11 +86,10 @@ def main(job: TrainMiniature) -> None:
     """Every step in order; a step whose record is there is not done again.
 
     Raises:
-        ConfigError: the folder was begun with other settings, or several processes are to share
-            a GPU.
+        ConfigError: the folder was begun with other settings, or the device is not there or not
+            for several processes.
     """
-    if job.processes > 1 and job.device != "cpu":
-        raise ConfigError(f"--processes {job.processes} are for the CPU, got --device {job.device}")
+    _check_device(job)
     job.out.mkdir(parents=True, exist_ok=True)
     _same_settings(job)
     parallel.run(job.processes, train, job)
@@ -125,6 +138,15 @@ def train(job: TrainMiniature) -> None:
         logger.info("done: %s", out / "weights")
 
 
+def _check_device(job: TrainMiniature) -> None:
+    if job.device == "cpu":
+        return
+    if job.processes > 1:
+        raise ConfigError(f"--processes {job.processes} are for the CPU, got --device {job.device}")
+    if not (job.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ConfigError(f"--device {job.device}: there is no such device here")
+
+
 def _same_settings(job: TrainMiniature) -> None:
     """Notes the settings in the folder, or compares them with those noted."""
     path = job.out / SETTINGS
@@ -132,7 +154,10 @@ def _same_settings(job: TrainMiniature) -> None:
     if not path.exists():
         _write(path, now)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; give another --out") from error
     if before != now:
         names = dict.fromkeys([*now, *before])
         changed = ", ".join(name for name in names if before.get(name) != now.get(name))

@@ -29,17 +29,25 @@ PAIRS_FILE = "pairs.json"
 THRESHOLDS_FILE = "thresholds.json"
 EDITOR_DEFAULTS = "editor_defaults.json"
 
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_DIFFUSERS = ("config.json", "diffusion_pytorch_model.safetensors")
+_TRANSFORMERS = ("config.json", "model.safetensors")
+
 CONTENT = (
-    "writer/model.safetensors",
-    "judge/open_clip_model.safetensors",
-    "generator/unet/diffusion_pytorch_model.safetensors",
-    "generator/vae/diffusion_pytorch_model.safetensors",
-    "generator/text_encoder/model.safetensors",
-    "editor/unet/diffusion_pytorch_model.safetensors",
+    *(f"writer/{name}" for name in (*_TRANSFORMERS, *_TOKENIZER)),
+    *(f"judge/{n}" for n in ("open_clip_config.json", "open_clip_model.safetensors", *_TOKENIZER)),
+    "generator/model_index.json",
+    "generator/scheduler/scheduler_config.json",
+    *(f"generator/unet/{name}" for name in _DIFFUSERS),
+    *(f"generator/vae/{name}" for name in _DIFFUSERS),
+    *(f"generator/text_encoder/{name}" for name in _TRANSFORMERS),
+    *(f"generator/tokenizer/{name}" for name in _TOKENIZER),
+    *(f"editor/unet/{name}" for name in _DIFFUSERS),
     f"editor/{EDITOR_DEFAULTS}",
     PAIRS_FILE,
     THRESHOLDS_FILE,
 )
+"""Files without which `require` refuses the folder."""
 
 
 BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -87,7 +95,7 @@ def load_editor(folder: Path = WEIGHTS, *, device: str | torch.device = "cpu") -
 
 def thresholds(folder: Path = WEIGHTS) -> Thresholds:
     """The least similarities of a kept pair, calibrated on drawn pairs for this judge."""
-    return read_settings(Thresholds, folder / THRESHOLDS_FILE)
+    return read_settings(Thresholds, folder / THRESHOLDS_FILE, complete=True)
 
 
 def pair_config(folder: Path = WEIGHTS, **changes: Any) -> PairConfig:

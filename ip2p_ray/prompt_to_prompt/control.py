@@ -80,6 +80,8 @@ def cross_control(
     share = torch.ones(target.length)
     if kind == "replace":
         mapping = replacement(source, target)
+        # A word whose source word was cut off by the tokenizer keeps its own attention.
+        share = mapping.any(dim=0).float()
     elif kind == "refine":
         mapping, share = refinement(source, target)
     elif kind == "reweight":

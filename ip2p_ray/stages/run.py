@@ -162,6 +162,11 @@ def make(
     if (storage.local_path(uri) / storage.MANIFEST).exists():
         manifest = storage.require_manifest(uri)
         assert manifest is not None
+        if manifest.recipe != origin.digest:  # ORIGIN is gone, or there is no telling what changed
+            raise DatasetError(
+                f"{storage.local_path(uri)} was made differently: give another --out, or delete it "
+                f"to have it made again"
+            )
         logger.info("%s: there already, %s rows", origin.dataset, f"{manifest.rows:,}")
         return manifest
     if not (storage.local_path(uri) / ORIGIN).exists():

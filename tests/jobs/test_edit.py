@@ -53,8 +53,11 @@ def test_bad_flags_end_in_status_2_and_a_sentence(picture, tmp_path):
         (["--image", picture, "--instruction", " "], "--instruction is empty"),
         (["--image", picture], "--instruction"),
         (["--image", picture, "--instruction", "x", "--steps", "0"], "--steps is at least 1"),
-        (["--image", picture, "--instruction", "x", "--out", tmp_path], "is a folder"),
-        (["--image", picture, "--instruction", "x", "--out", picture / "y"], "is no folder"),
+        (["--image", picture, "--instruction", "x", "--out", tmp_path], "does not end in .png"),
+        (["--image", picture, "--instruction", "x", "--out", "x.jpg"], "does not end in .png"),
+        (["--image", picture, "--instruction", "x", "--out", picture], "is the picture itself"),
+        (["--image", picture, "--instruction", "x", "--text-guidance-scale", "nan"], "finite"),
+        (["--image", picture, "--instruction", "x", "--out", picture / "y.png"], "is no folder"),
     ):
         done = run_job(*arguments)
         assert done.returncode == 2

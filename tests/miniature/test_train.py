@@ -162,8 +162,32 @@ def test_no_kept_candidate_is_told_before_the_editor_is_trained(
 
 def test_several_processes_do_not_share_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--processes 2 .* --device cuda"):
-        train.main(replace(JOB, out=tmp_path / "out", processes=2, device="cuda"))
+        train.main(TrainMiniature(out=tmp_path / "out", processes=2, device="cuda"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"processes": 0}, "--processes is at least 1, got 0"),
+        ({"threads": 0}, "--threads is at least 1"),
+        ({"processes": 3}, "batch-size .* does not split over 3 processes"),
+        ({"out": Path("/dev/null")}, "--out"),
+        ({"device": "bogus"}, "--device bogus: there is no such device"),
+    ],
+)
+def test_flags_that_cannot_be_are_told_before_anything_is_made(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        train.main(replace(JOB, **{"out": tmp_path / "out", **changes}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / train.SETTINGS).write_text("[")
+    with pytest.raises(ConfigError, match=r"settings\.json cannot be read"):
+        train.main(replace(JOB, out=tmp_path))
 
 
 def test_a_step_that_fails_leaves_no_record_and_is_done_again(tmp_path: Path) -> None:

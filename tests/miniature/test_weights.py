@@ -37,6 +37,25 @@ def test_a_missing_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
         weights.require(tmp_path / "broken")
 
 
+@pytest.mark.parametrize("name", weights.CONTENT)
+def test_every_file_that_a_model_reads_is_asked_for(tmp_path: Path, name: str) -> None:
+    for each in weights.CONTENT:
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / each).write_text("there")
+    assert weights.require(tmp_path) == tmp_path
+    (tmp_path / name).unlink()
+    with pytest.raises(ModelError, match=f"lacks {name}"):
+        weights.require(tmp_path)
+
+
+def test_all_files_of_the_shipped_weights_but_the_notes_are_asked_for() -> None:
+    files = {p.relative_to(weights.WEIGHTS).as_posix() for p in weights.WEIGHTS.rglob("*.*")}
+    notes = {"README.md", "scores.json", "editor/model_index.json", "writer/generation_config.json"}
+    assert {name for name in files if (weights.WEIGHTS / name).is_file()} - notes == set(
+        weights.CONTENT
+    )
+
+
 def test_the_pair_preset_has_the_calibrated_thresholds() -> None:
     config = weights.pair_config()
     assert config.thresholds == weights.thresholds()

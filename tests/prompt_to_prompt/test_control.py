@@ -70,6 +70,13 @@ def test_replacement_while_active_takes_everything_from_the_source() -> None:
     assert torch.equal(own, torch.ones(10))
 
 
+def test_a_word_whose_source_was_cut_off_keeps_its_own_attention() -> None:
+    source, target = caption("zebrafish " * 6), caption("a " * 6)
+    matrix, own = cross_control(TOKENIZER, source, target, kind="replace").weights(0, 10)
+    assert torch.equal(own, 1.0 - matrix.any(dim=0).float())
+    assert own.any()
+
+
 def test_refinement_keeps_new_words_and_scales_them_too() -> None:
     matrix, own = weights(0, kind="refine", scales={"red": 3.0, "cat": 2.0})
     assert own.tolist() == [0, 0, 3, 0, 0, 0, 0, 0, 0, 0]

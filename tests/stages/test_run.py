@@ -66,6 +66,15 @@ def test_another_source_is_refused_too(tmp_path):
         run.make(uri, replace(ORIGIN, sources={"triplets": "b"}), builder([]))
 
 
+def test_a_dataset_without_its_origin_is_known_by_its_manifest(tmp_path):
+    uri = str(tmp_path / "captions")
+    run.make(uri, ORIGIN, builder([]))
+    (tmp_path / "captions" / run.ORIGIN).unlink()
+    assert run.make(uri, ORIGIN, builder([])).recipe == ORIGIN.digest
+    with pytest.raises(DatasetError, match="was made differently"):
+        run.make(uri, replace(ORIGIN, config={"count": 4}), builder([]))
+
+
 def test_an_unreadable_origin_names_its_file(tmp_path):
     (tmp_path / run.ORIGIN).write_text("{", encoding="utf-8")
     with pytest.raises(DatasetError, match=run.ORIGIN):
