@@ -135,8 +135,8 @@ def test_another_schema_version_or_a_broken_manifest_is_refused(uri):
 def test_leftovers_of_a_killed_run_are_no_shards_and_go_with_the_manifest(uri):
     folder = storage.local_path(uri)
     left = folder / ".captions-7.parquet.partial"
-    left.mkdir()
-    for path in (left / "new.parquet", folder / "_temporary.parquet"):
+    (left / "new").mkdir(parents=True)
+    for path in (left / "new" / "shard.parquet", folder / "_temporary.parquet"):
         path.write_bytes(b"half")
     assert len(storage.list_shards(uri)) == 2
     storage.write_manifest(uri, storage.read_manifest(uri))
