@@ -36,8 +36,7 @@ ONLY_IN = {
 
 
 RENAMING = {"rename", "renames", "mkdtemp", "mkstemp"}
-"""Calls of whoever replaces files in its own way; only `atomic` does, and the miniature's training,
-whose folders hold nothing but its own work."""
+"""Calls of whoever replaces files in its own way; only `atomic` does."""
 
 
 class Import(NamedTuple):
@@ -138,8 +137,7 @@ def test_only_one_module_replaces_files_and_folders():
     found = {
         module: lines
         for module, path in modules()
-        if not is_in(part_of(module), ("atomic", "miniature"))
-        and (lines := renamings(path.read_text("utf-8")))
+        if not is_in(part_of(module), ("atomic",)) and (lines := renamings(path.read_text("utf-8")))
     }
     assert not found
     assert renamings("import os\nos.rename(a, b)\nPath(a).rename(b)\nmkdtemp()") == [2, 3, 4]

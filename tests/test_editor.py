@@ -6,19 +6,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.noise import NoiseSchedule
 from ip2p_ray.editor import Editor, EditRequest, EditSettings
 from ip2p_ray.errors import ConfigError, ImageError, ModelError
 from ip2p_ray.testing import (
-    tiny_scheduler_config,
+    stable_diffusion_1_5,
     tiny_stable_diffusion,
-    tiny_tokenizer,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -315,38 +311,9 @@ def test_defaults_are_the_papers() -> None:
     assert (settings.text_guidance_scale, settings.image_guidance_scale) == (7.5, 1.5)
 
 
-def stable_diffusion_1_5() -> StableDiffusion:
-    """Random weights in the shapes of Stable Diffusion 1.5, as an editor; 4 GB."""
-    tokenizer = tiny_tokenizer(77)
-    text = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_attention_heads=12,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    unet = UNet2DConditionModel(in_channels=8, cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-    )
-    config = tiny_scheduler_config()
-    return StableDiffusion(
-        unet=unet.eval(),
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text).eval(),
-        tokenizer=tokenizer,
-        schedule=NoiseSchedule.from_config(config),
-        scheduler_config=config,
-    )
-
-
 @pytest.mark.slow
 def test_parity_at_the_size_of_stable_diffusion_1_5() -> None:
-    model = stable_diffusion_1_5()
+    model = stable_diffusion_1_5(in_channels=8)
     editor, image = Editor(model), picture(64, 128)
     assert editor.size_multiple == 64
     pipeline = PIPELINE(

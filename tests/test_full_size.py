@@ -27,17 +27,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from ip2p_ray.checkpoint import export_editor, load_checkpoint, save_checkpoint
-from ip2p_ray.diffusion.model import StableDiffusion
-from ip2p_ray.diffusion.noise import NoiseSchedule
 from ip2p_ray.editor import Editor, EditRequest, EditSettings
 from ip2p_ray.filtering import Thresholds
 from ip2p_ray.images import to_pil, to_tensor
@@ -49,7 +44,7 @@ from ip2p_ray.pairs import (
     generate_candidates,
 )
 from ip2p_ray.schema import LATENTS
-from ip2p_ray.testing import tiny_scheduler_config, tiny_tokenizer
+from ip2p_ray.testing import stable_diffusion_1_5
 from ip2p_ray.training.loop import Metrics, TrainConfig, start, train
 from ip2p_ray.training.state import TrainState
 
@@ -75,34 +70,6 @@ REQUEST = CandidateRequest(
     guidance_scale=7.5,
 )
 SETTINGS = EditSettings(steps=2, resolution=SIZE, max_pixels=SIZE * SIZE)
-
-
-def random_generator() -> StableDiffusion:
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=49_408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=77,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-    )
-    unet = UNet2DConditionModel(cross_attention_dim=768, layers_per_block=1)
-    scheduler = tiny_scheduler_config()
-    return StableDiffusion(
-        unet=unet.eval(),
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text).eval(),
-        tokenizer=tiny_tokenizer(77),
-        schedule=NoiseSchedule.from_config(scheduler),
-        scheduler_config=scheduler,
-    )
 
 
 def digest(state: TrainState) -> str:
@@ -157,7 +124,8 @@ def journey() -> Iterator[Journey]:
 
 
 def travel(folder: Path) -> Journey:
-    model = random_generator()
+    torch.manual_seed(0)
+    model = stable_diffusion_1_5(layers_per_block=1)
     facts: dict[str, Any] = {"folder": folder}
     with torch.inference_mode():
         facts["text"] = model.encode_text(["", CAPTION])

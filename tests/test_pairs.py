@@ -6,11 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.noise import NoiseSchedule
 from ip2p_ray.diffusion.sample import text_to_image
 from ip2p_ray.errors import ConfigError
@@ -24,7 +20,10 @@ from ip2p_ray.pairs import (
 )
 from ip2p_ray.prompt_to_prompt.alignment import tokenize_caption
 from ip2p_ray.prompt_to_prompt.blend import local_blend
-from ip2p_ray.testing import tiny_scheduler_config, tiny_stable_diffusion, tiny_tokenizer
+from ip2p_ray.testing import (
+    stable_diffusion_1_5,
+    tiny_stable_diffusion,
+)
 
 CONFIG = PairConfig(resolution=16, steps=4, candidates=2, guidance_scale=(1.5, 4.0))
 TRIPLETS = {
@@ -190,30 +189,7 @@ def test_no_request_is_refused() -> None:
 @torch.inference_mode()
 def test_weights_of_stable_diffusions_shape_pass_through() -> None:
     """Random weights of version 1.5's sizes: 320 to 1,280 channels, cross-attention 768."""
-    tokenizer = tiny_tokenizer(77)
-    text = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=77,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-    )
-    schedule = tiny_scheduler_config()
-    model = StableDiffusion(
-        unet=UNet2DConditionModel(cross_attention_dim=768),
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        schedule=NoiseSchedule.from_config(schedule),
-        scheduler_config=schedule,
-    )
+    model = stable_diffusion_1_5()
     config = replace(CONFIG, resolution=64, steps=2, cross_replace=0.5)
     requests = requests_of(config)[:1]
     assert model.latent_size(64, 64) == (8, 8)

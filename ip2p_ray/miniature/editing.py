@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.nn.parallel import DistributedDataParallel
 
+from ip2p_ray.atomic import atomic_file
 from ip2p_ray.checkpoint import (
     export_editor,
     latest_checkpoint,
@@ -110,9 +111,8 @@ def make_pairs(
     for done, number in enumerate(todo, start=1):
         table, funnel = _make_chunk(models, config.pairs(thresholds), chunks[number], seed)
         metadata = {b"funnel": json.dumps(funnel).encode()}
-        temporary = _chunk(folder, number).with_suffix(".partial")
-        pq.write_table(table.replace_schema_metadata(metadata), temporary)
-        temporary.replace(_chunk(folder, number))
+        with atomic_file(_chunk(folder, number)) as new:
+            pq.write_table(table.replace_schema_metadata(metadata), new)
         pace.tick(done, str(funnel))
 
 
@@ -260,6 +260,5 @@ class _Clock:
         return round(self._before + time.monotonic() - self._began, 1)
 
     def note(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.seconds()))
-        temporary.replace(self.path)
+        with atomic_file(self.path) as new:
+            new.write_text(json.dumps(self.seconds()))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ip2p_ray.atomic import atomic_folder
+from ip2p_ray.atomic import atomic_file, atomic_folder
 from ip2p_ray.miniature import parallel
 from ip2p_ray.miniature.pace import Pace
 
@@ -102,9 +102,8 @@ def fit(
                 "step": step + 1,
                 "seconds": seconds + now - started,
             }
-            temporary = path.with_suffix(".tmp")
-            torch.save(state, temporary)
-            temporary.replace(path)
+            with atomic_file(path) as new:
+                torch.save(state, new)
     module.load_state_dict(ema)
     module.eval()
     total = seconds + time.monotonic() - started

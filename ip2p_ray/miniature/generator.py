@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ip2p_ray.atomic import atomic_file
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.noise import NoiseSchedule
 from ip2p_ray.miniature import parallel
@@ -120,10 +121,8 @@ def _pool(model: StableDiffusion, config: GeneratorConfig, seed: int, path: Path
     scenes = scene_batch(step_random("generator-pool", seed, 0), config.scenes)
     if not parallel.rank() and not path.exists():
         latents = _encode(model, scenes)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        torch.save(latents, temporary)
-        temporary.replace(path)
+        with atomic_file(path) as new:
+            torch.save(latents, new)
     parallel.meet()
     return Pool(scenes, torch.load(path, weights_only=True))
 

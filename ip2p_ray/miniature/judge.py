@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ip2p_ray.clip import preprocess, save_clip
 from ip2p_ray.miniature import grammar
 from ip2p_ray.miniature.feed import captions, scene_batch, step_random, training_edit
-from ip2p_ray.miniature.fit import FitConfig, fit
+from ip2p_ray.miniature.fit import FitConfig, fit, save_module
 from ip2p_ray.miniature.scenes import Scene, draw
 from ip2p_ray.miniature.vocabulary import TEXT_LENGTH, clip_tokenizer
 
@@ -94,8 +94,8 @@ def train(config: JudgeConfig, folder: Path, *, seed: int, device: str) -> dict[
     result = fit("judge", model, loss, fit_config, folder / "state", shared=False)
     model.float().cpu()
     save_clip(model, shape, tokenizer, folder / "judge")
-    text_encoder(model, tokenizer).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    save_module(text_encoder(model, tokenizer), folder / "text_encoder")
+    save_module(tokenizer, folder / "tokenizer")
     return result
 
 

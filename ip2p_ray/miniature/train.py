@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import tyro
 
+from ip2p_ray.atomic import atomic_file
 from ip2p_ray.clip import Clip
 from ip2p_ray.command import require_place
 from ip2p_ray.errors import ConfigError, Ip2pError, StageError
@@ -190,9 +191,8 @@ def _once(out: Path, name: str, device: str, step: Callable[[], dict[str, Any]])
 
 
 def _write(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with atomic_file(path) as new:
+        new.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def _device(device: str) -> str:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ip2p_ray.atomic import atomic_folder
 from ip2p_ray.miniature import grammar, parallel
 from ip2p_ray.miniature.feed import scene_batch, step_random, training_edit
 from ip2p_ray.miniature.fit import FitConfig, fit
@@ -93,8 +94,9 @@ def train(config: WriterConfig, folder: Path, *, seed: int, device: str) -> dict
     fit_config = FitConfig(steps=config.steps, learning_rate=config.learning_rate)
     result = fit("writer", model, loss, fit_config, folder / "state")
     if not parallel.rank():
-        model.cpu().save_pretrained(folder / "writer")
-        words.save_pretrained(folder / "writer")
+        with atomic_folder(folder / "writer") as new:
+            model.cpu().save_pretrained(new)
+            words.save_pretrained(new)
     return result
 
 

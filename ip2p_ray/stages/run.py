@@ -162,11 +162,6 @@ def make(
     if (storage.local_path(uri) / storage.MANIFEST).exists():
         manifest = storage.require_manifest(uri)
         assert manifest is not None
-        if manifest.recipe != origin.digest:  # ORIGIN is gone, or there is no telling what changed
-            raise DatasetError(
-                f"{storage.local_path(uri)} was made differently: give another --out, or delete it "
-                f"to have it made again"
-            )
         logger.info("%s: there already, %s rows", origin.dataset, f"{manifest.rows:,}")
         return manifest
     if not (storage.local_path(uri) / ORIGIN).exists():
@@ -247,6 +242,9 @@ def _read_origin(uri: str) -> dict[str, Any]:
 def _check_origin(uri: str, origin: Origin) -> None:
     folder = storage.local_path(uri)
     found = _read_origin(uri)
+    if not found and (folder / storage.MANIFEST).exists():
+        manifest = storage.read_manifest(uri)
+        found = {**vars(manifest), "digest": manifest.recipe}
     if not found or found.get("digest") == origin.digest:
         return
     changes = [
