@@ -52,6 +52,13 @@ CAPTIONS = pa.schema(
     ]
 )
 
+COLLECTED_CAPTIONS = pa.schema(
+    [
+        *CAPTIONS,  # all that readers of captions ask for
+        ("source", pa.string()),  # which collection or file it is from; may be null
+    ]
+)
+
 TRIPLETS = pa.schema(
     [
         *_TEXT_FIELDS,

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LINES = (
-    {"schema", "errors", "images", "report"},
+    {"schema", "errors", "images", "report", "files", "distinct", "language"},
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
     {"pairs", "filtering", "latents", "training", "checkpoint"},
     # presets gathers the configs of the lines above; nothing above reads it

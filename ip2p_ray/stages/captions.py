@@ -22,7 +22,7 @@ def collect_captions(
 
     def build() -> list[Report]:
         began = time.monotonic()
-        rows = list(collect({"caption": caption} for caption in captions))
+        rows = list(collect([{"caption": caption} for caption in captions]))
         kept = [row for row, reason in rows if reason is None]
         storage.write_shard(uri, "captions-00000", pa.Table.from_pylist(kept, schema=CAPTIONS))
         reasons = [reason for _, reason in rows]
