@@ -156,6 +156,11 @@ def caption_key(caption: str) -> str:
     return _hash("caption", caption, size=16).hex()
 
 
+def reply_key(caption: str, model: str, recipe: str) -> str:
+    """32 hex digits that identify what a language model is asked about a caption."""
+    return _hash("reply", caption, model, recipe, size=16).hex()
+
+
 def triplet_key(caption: str, instruction: str, edited_caption: str) -> str:
     """32 hex digits that identify a triplet by its three texts."""
     return _hash("triplet", caption, instruction, edited_caption, size=16).hex()
