@@ -29,7 +29,7 @@ ONLY_IN = {
     "ray": ("stages", "jobs", "serve"),
     "boto3": ("storage",),
     "botocore": ("storage",),
-    "openai": ("triplets.writer", "triplets.finetune"),
+    "openai": ("triplets.writer", "triplets.openai_finetune"),
     "open_clip": ("clip", "miniature", TESTING),
 }
 """Which parts may import a heavy or optional library."""
