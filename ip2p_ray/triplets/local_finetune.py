@@ -186,7 +186,7 @@ def _steps(
             reduction="sum",
         )
         # The ranks' gradients are averaged; times their number that is the sum.
-        (summed / total * world_size).backward()
+        (summed / total * world_size).backward()  # type: ignore[no-untyped-call]
         loss = _over_ranks(summed.detach() / total, world_size)
         if not math.isfinite(loss):
             raise Ip2pError(f"fine-tuning: the loss of step {step} is {loss}")
