@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +89,8 @@ class Behaviour:
     """What a 429 asks to wait; sent as retry-after-ms too where it is not whole."""
     models: tuple[str, ...] = ("fake",)
     """Names that it answers to."""
+    unlisted: tuple[str, ...] = ()
+    """Names that it answers to and does not list."""
     lists_models: bool = True
     """Whether it has GET /models."""
     api_key: str | None = None
@@ -97,8 +99,16 @@ class Behaviour:
     """Whether it takes `response_format`; 400 otherwise."""
     max_tokens: bool = True
     """Whether it takes `max_tokens`; 400 otherwise, as of models that reason."""
+    counts_tokens: bool = True
+    """Whether replies have `usage`."""
+    quota: bool = True
+    """Whether the account has any left; 429 of another code otherwise."""
     flagged: tuple[str, ...] = ()
     """Words that its moderation flags."""
+    filtered: tuple[str, ...] = ()
+    """Words in captions that its filter keeps from the model; 400."""
+    refused: tuple[str, ...] = ()
+    """Words in captions that it refuses for no stated reason; 400."""
 
 
 @dataclass(kw_only=True)
@@ -149,6 +159,8 @@ class FaultyServer:
         """How it behaves; may be replaced while it runs."""
         self.counts = Counts()
         """What happened so far."""
+        self.received: deque[dict[str, Any]] = deque(maxlen=1000)
+        """Bodies of the last requests about captions."""
         self.url = ""
         """For `base_url`, as soon as it runs."""
         self._port = port
@@ -210,7 +222,9 @@ class FaultyServer:
     ) -> None:
         self.counts.requests[request.path] += 1
         caption = _caption(request)
-        refused = self._refused(request)
+        if caption is not None:
+            self.received.append(request.body)
+        refused = self._refused(request, caption)
         if refused is not None or caption is None:
             await _send(writer, refused or self._free(request))
             return
@@ -242,15 +256,15 @@ class FaultyServer:
                 self.counts.abandoned[caption] += 1
                 raise
 
-    def _refused(self, request: _Request) -> _Response | None:
+    def _refused(self, request: _Request, caption: str | None) -> _Response | None:
         """Why a request is not even looked at."""
         behaviour, body = self.behaviour, request.body
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
         if behaviour.api_key is not None and key != behaviour.api_key:
             return _error(401, f"Incorrect API key provided: {key}", code="invalid_api_key")
-        if "model" not in body or request.path == "/v1/moderations":
+        if caption is None:
             return None
-        if body["model"] not in behaviour.models:
+        if body["model"] not in (*behaviour.models, *behaviour.unlisted):
             text = f"The model `{body['model']}` does not exist"
             return _error(404, text, code="model_not_found")
         if "response_format" in body and not behaviour.structured:
@@ -258,6 +272,12 @@ class FaultyServer:
         if "max_tokens" in body and not behaviour.max_tokens:
             text = "Unsupported parameter: use 'max_completion_tokens' instead of 'max_tokens'"
             return _error(400, text, param="max_tokens")
+        if not behaviour.quota:
+            return _error(429, "You exceeded your current quota", code="insufficient_quota")
+        if any(word in caption for word in behaviour.filtered):
+            return _error(400, "The prompt was filtered", code="content_filter")
+        if any(word in caption for word in behaviour.refused):
+            return _error(400, "Invalid prompt")
         return None
 
     def _free(self, request: _Request) -> _Response:
@@ -319,7 +339,7 @@ class FaultyServer:
             "created": 0,
             "model": request.body["model"],
             "choices": [choice],
-            "usage": usage,
+            "usage": usage if self.behaviour.counts_tokens else None,
         }
         return _Response(200, body)
 
