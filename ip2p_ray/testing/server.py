@@ -123,6 +123,8 @@ class Counts:
     """Whole replies that went out, by caption, the strange ones included."""
     abandoned: Counter[str] = field(default_factory=Counter)
     """Replies whose reader had gone, by caption."""
+    in_flight: int = 0
+    """Requests that are open."""
     most_in_flight: int = 0
     """Requests that were open at the same time."""
 
@@ -132,8 +134,7 @@ class Counts:
         headers = {"authorization": f"Bearer {key}"}
         with urlopen(Request(url.removesuffix("/v1") + "/counts", headers=headers)) as answer:
             found = json.load(answer)
-        most = found.pop("most_in_flight")
-        return cls(most_in_flight=most, **{name: Counter(kept) for name, kept in found.items()})
+        return cls(**{n: Counter(v) if isinstance(v, dict) else v for n, v in found.items()})
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,6 @@ class FaultyServer:
         """For `base_url`, as soon as it runs."""
         self._port = port
         self._asked: Counter[str] = Counter()
-        self._in_flight = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end = asyncio.Event()
         self._running = threading.Event()
@@ -203,15 +203,16 @@ class FaultyServer:
         await asyncio.gather(*connections, return_exceptions=True)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        counts = self.counts
         try:
             while not writer.is_closing():
                 request = await _read(reader)
-                self._in_flight += 1
-                self.counts.most_in_flight = max(self.counts.most_in_flight, self._in_flight)
+                counts.in_flight += 1
+                counts.most_in_flight = max(counts.most_in_flight, counts.in_flight)
                 try:
                     await self._answer(request, reader, writer)
                 finally:
-                    self._in_flight -= 1
+                    counts.in_flight -= 1
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the client has gone
         finally:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import openai
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
 
 from ip2p_ray.errors import ConfigError, ReplyError
 from ip2p_ray.schema import recipe
@@ -40,6 +42,10 @@ _HARMLESS = "a cat"
 _CHECK_ATTEMPTS = 3
 _MESSAGE_TOKENS = 4  # that a chat model reads around each message
 _FILTER_CODES = ("content_filter", "content_policy_violation", "moderation_blocked")
+_FORMS: dict[str, tuple[str, Any]] = {
+    "chat": ("/chat/completions", ChatCompletion),
+    "completions": ("/completions", Completion),
+}
 _REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
 
 
@@ -113,6 +119,7 @@ class OpenAIWriter:
         self._structured = config.form == "chat" and self._endpoint.structured != "off"
         self._length_name = "max_tokens"
         self._answered = False
+        self._recipe = _recipe(config, self._examples)
 
     def __repr__(self) -> str:
         return f"OpenAIWriter({self._config.model!r} at {self._endpoint.base_url})"
@@ -139,19 +146,7 @@ class OpenAIWriter:
         Neither the server nor structured output nor moderation is in it: the same question may be
         asked elsewhere, and replies are moderated after they are kept.
         """
-        config = self._config
-        chat = config.form == "chat"
-        asked = _Asked(
-            form=config.form,
-            temperature=config.temperature,
-            max_tokens=config.max_tokens,
-            shots=config.shots if chat else 0,
-            seed=config.seed if chat else 0,
-        )
-        shown = [SYSTEM] if chat else []
-        if chat and config.shots:
-            shown += [example.key for example in self._examples]
-        return recipe(asked, hashlib.blake2b("\n".join(shown).encode()).hexdigest())
+        return self._recipe
 
     async def check(self) -> None:
         """Returns if the server is there, takes the key and has the model, before any spending.
@@ -263,14 +258,14 @@ class OpenAIWriter:
 
     async def _asked(self, question: dict[str, Any]) -> Reply:
         """The reply to one request, sent again only without what the server does not know."""
-        chat = self._config.form == "chat"
-        client = self._connection.client
-        create: Callable[..., Awaitable[Any]]
-        create = client.chat.completions.create if chat else client.completions.create
+        # `post` and not `create`: this walks through every message, for half of the time of a call
+        path, form = _FORMS[self._config.form]
         while True:
             options = self._options()
             try:
-                return self._reply(question, await create(**question, **options))
+                body = {**question, **options}
+                answer = await self._connection.client.post(path, cast_to=form, body=body)
+                return self._reply(question, answer)
             except _REFUSED as error:
                 if not self._concedes(error, options):
                     raise
@@ -363,6 +358,21 @@ class OpenAIWriter:
             return bool(sum(bool(result.flagged) for result in answer.results))
         except (ValueError, AttributeError, TypeError) as error:
             raise MalformedError(f"the body is no moderation ({error})") from error
+
+
+def _recipe(config: WriterConfig, examples: Sequence[Triplet]) -> str:
+    chat = config.form == "chat"
+    asked = _Asked(
+        form=config.form,
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        shots=config.shots if chat else 0,
+        seed=config.seed if chat else 0,
+    )
+    shown = [SYSTEM] if chat else []
+    if chat and config.shots:
+        shown += [example.key for example in examples]
+    return recipe(asked, hashlib.blake2b("\n".join(shown).encode()).hexdigest())
 
 
 def _read_tokens(question: dict[str, Any]) -> int:
