@@ -134,7 +134,10 @@ class Counts:
         headers = {"authorization": f"Bearer {key}"}
         with urlopen(Request(url.removesuffix("/v1") + "/counts", headers=headers)) as answer:
             found = json.load(answer)
-        return cls(**{n: Counter(v) if isinstance(v, dict) else v for n, v in found.items()})
+        counts = cls()
+        for name, value in found.items():
+            setattr(counts, name, Counter(value) if isinstance(value, dict) else value)
+        return counts
 
 
 @dataclass(frozen=True)
