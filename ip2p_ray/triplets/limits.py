@@ -255,24 +255,29 @@ class LocalLimits:
 
     async def acquire(self, most: Usage) -> int:
         """See `Limits.acquire`."""
-        ticket = await self._reserve(most)
         waits = [0.0]
         if self._requests is not None:
             waits.append(self._requests.take(1))
         if self._tokens is not None:
             waits.append(self._tokens.take(most.tokens))
-            self._taken[ticket] = most.tokens
         try:
             if max(waits) > 0.0:
                 await self._sleep(max(waits))
-        except asyncio.CancelledError:
-            self._settle(ticket, NOTHING)
+            ticket = await self._reserve(most)
+        except BaseException:
+            if self._tokens is not None:
+                self._tokens.give_back(most.tokens)
             raise
+        self._taken[ticket] = most.tokens
         return ticket
 
     async def settle(self, ticket: int, used: Usage | None) -> None:
         """See `Limits.settle`."""
-        self._settle(ticket, used)
+        taken = self._taken.pop(ticket, None)
+        if self._tokens is not None and taken is not None and used is not None:
+            self._tokens.give_back(taken - used.tokens)
+        self._budget.settle(ticket, used)
+        self._settled.set()
 
     async def _reserve(self, most: Usage) -> int:
         while True:
@@ -284,13 +289,6 @@ class LocalLimits:
                 await asyncio.wait_for(self._settled.wait(), _LOOK_AGAIN_S)
             except TimeoutError:
                 continue  # perhaps a ticket has expired
-
-    def _settle(self, ticket: int, used: Usage | None) -> None:
-        taken = self._taken.pop(ticket, None)
-        if self._tokens is not None and taken is not None and used is not None:
-            self._tokens.give_back(taken - used.tokens)
-        self._budget.settle(ticket, used)
-        self._settled.set()
 
 
 def estimated_tokens(text: str) -> int:

@@ -151,8 +151,9 @@ def _json_parts(text: str) -> list[str] | None:
             found = None
         if isinstance(found, dict):
             parts = [found.get(name) for name in REPLY_SCHEMA["required"]]
-            if all(isinstance(part, str) for part in parts):
-                return parts
+            texts = [part for part in parts if isinstance(part, str)]
+            if len(texts) == len(parts):
+                return texts
         start = text.find("{", start + 1)
     return None
 
