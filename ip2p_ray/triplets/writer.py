@@ -119,7 +119,7 @@ class OpenAIWriter:
         self._structured = config.form == "chat" and self._endpoint.structured != "off"
         self._length_name = "max_tokens"
         self._answered = False
-        self._recipe = _recipe(config, self._examples)
+        self._recipe = writer_recipe(config, self._examples)
 
     def __repr__(self) -> str:
         return f"OpenAIWriter({self._config.model!r} at {self._endpoint.base_url})"
@@ -360,7 +360,8 @@ class OpenAIWriter:
             raise MalformedError(f"the body is no moderation ({error})") from error
 
 
-def _recipe(config: WriterConfig, examples: Sequence[Triplet]) -> str:
+def writer_recipe(config: WriterConfig, examples: Sequence[Triplet]) -> str:
+    """See `OpenAIWriter.recipe`; needs no key."""
     chat = config.form == "chat"
     asked = _Asked(
         form=config.form,
