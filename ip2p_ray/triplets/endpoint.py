@@ -102,7 +102,7 @@ class Connection:
             ConfigError: the environment has no key.
         """
         self.endpoint = endpoint
-        self._key = _key(endpoint)
+        self._key = key_of(endpoint)
         self.client = openai.AsyncOpenAI(
             api_key=self._key or "none",
             base_url=endpoint.base_url,
@@ -214,7 +214,12 @@ def retry_after(headers: Any) -> float | None:
     return max(0.0, email.utils.mktime_tz(until) - now)
 
 
-def _key(endpoint: Endpoint) -> str | None:
+def key_of(endpoint: Endpoint) -> str | None:
+    """The key from the environment; None where the server wants none.
+
+    Raises:
+        ConfigError: the environment has none.
+    """
     if endpoint.api_key_env is None:
         return None
     key = os.environ.get(endpoint.api_key_env, "").strip()

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import openai
 
 from ip2p_ray.errors import ConfigError, DatasetError, StageError
+from ip2p_ray.triplets.endpoint import Endpoint, key_of
 from ip2p_ray.triplets.finetune import Form, training_file
 from ip2p_ray.triplets.reply import Triplet
 
@@ -86,6 +87,19 @@ class Tuning:
     def done(self) -> bool:
         """Whether the new model is there."""
         return self.model is not None
+
+
+def connect(endpoint: Endpoint) -> openai.OpenAI:
+    """The official client of an endpoint.
+
+    Raises:
+        ConfigError: the environment has no key.
+    """
+    return openai.OpenAI(
+        base_url=endpoint.base_url,
+        api_key=key_of(endpoint) or "none",
+        timeout=endpoint.timeout_s,
+    )
 
 
 def finetune_openai(
