@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import random
@@ -151,8 +152,8 @@ class OpenAIWriter:
     async def check(self) -> None:
         """Returns if the server is there, takes the key and has the model, before any spending.
 
-        The list of models tells. Where there is none, or it lacks the model, as lists of servers
-        that load a folder do, the reply to one harmless caption decides.
+        The list of models tells. Where there is none, or it fails, or lacks the model, as lists of
+        servers that load a folder do, the reply to one harmless caption decides.
 
         Raises:
             ConfigError: one of them is wrong; the text says which.
@@ -160,7 +161,8 @@ class OpenAIWriter:
         where = self._endpoint.base_url
         names: set[str] = set()
         try:
-            names = await self._connection.attempts(self._names, _CHECK_ATTEMPTS)
+            with contextlib.suppress(openai.InternalServerError):  # `transformers serve`, no cache
+                names = await self._connection.attempts(self._names, _CHECK_ATTEMPTS)
             if self.model not in names:
                 await self._connection.attempts(self._try_out, _CHECK_ATTEMPTS)
         except openai.APIConnectionError as error:
