@@ -187,20 +187,19 @@ def _ask(job: WriteTriplets) -> None:
 def _write(job: WriteTriplets) -> None:
     """By a causal LM in this cluster."""
     from ip2p_ray import presets, storage
+    from ip2p_ray.clip import Clip
     from ip2p_ray.miniature.weights import WEIGHTS
     from ip2p_ray.stages import run
     from ip2p_ray.stages.triplets import TripletConfig, write_triplets
     from ip2p_ray.triplets.local_writer import LocalWriter
 
-    if job.model is None:
-        preset = presets.miniature(WEIGHTS)
-        writer, judge = preset.writer, preset.judge
-        models = presets.fingerprints(preset)
-    else:
-        writer, judge = str(Path(job.model).absolute()), None
-        LocalWriter.load(writer)  # or a sentence that says what is wrong with it
-        models = {"writer": presets.folder_fingerprint(Path(writer)), "judge": "openai"}
-    assert writer is not None
+    writer = Path(job.model or WEIGHTS / "writer").absolute()
+    LocalWriter.load(writer)  # or a sentence that says what is wrong with it
+    judge = None if job.model else str(WEIGHTS / "judge")
+    models = {
+        "writer": presets.folder_fingerprint(writer),
+        "judge": Clip.load(judge).fingerprint() if judge else "openai",
+    }
     captions = str(storage.local_path(job.captions).absolute())
     out = job.out.absolute()
     with run.locked(out), run.local_ray(workers=job.actors):
@@ -208,7 +207,7 @@ def _write(job: WriteTriplets) -> None:
             captions,
             str(out),
             TripletConfig(seed=job.seed, held_out=job.held_out),
-            writer=writer,
+            writer=str(writer),
             judge=judge,
             models=models,
             resources=run.Resources(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ip2p_ray import storage
+from ip2p_ray.miniature.scores import random_captions
 from ip2p_ray.schema import REJECTS, TRIPLETS, reply_key
 from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer
@@ -126,7 +127,7 @@ def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(captions, tmp
 
 
 @pytest.mark.ray
-def test_a_cap_ends_in_status_3_and_a_local_writer_needs_no_server(captions, tmp_path):
+def test_a_cap_ends_in_status_3_and_more_of_it_in_0(captions, tmp_path):
     out = tmp_path / "out"
     with FaultyServer(Behaviour(delay_s=0.02)) as server:
         usual = ["--captions", captions, "--out", out, "--model", "fake", "--shots", "0"]
@@ -141,6 +142,16 @@ def test_a_cap_ends_in_status_3_and_a_local_writer_needs_no_server(captions, tmp
         assert done.returncode == 0, done.stderr
         assert f"write_triplets: {out / 'triplets'} has 20 rows" in done.stdout
         assert set(server.counts.paid.values()) == {1}
+
+
+@pytest.mark.ray
+def test_a_local_writer_needs_no_server(tmp_path):
+    collect_captions(random_captions(12, 0), str(tmp_path / "captions"), config={})
+    flags = ["--captions", tmp_path / "captions", "--out", tmp_path, "--writer", "local"]
+    done = run_job(*flags)
+    assert done.returncode == 0, done.stderr
+    assert f"write_triplets: {tmp_path / 'triplets'} has" in done.stdout
+    assert (tmp_path / "triplets.html").is_file()
 
 
 class Runs:
