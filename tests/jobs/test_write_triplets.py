@@ -85,7 +85,7 @@ def captions(tmp_path):
 def test_the_flags_are_those_that_were_promised():
     done = run_job("--help")
     assert done.returncode == 0
-    assert set(re.findall(r"^\s*[│|]?\s*(--[a-z][a-z-]+)", done.stdout, re.M)) == FLAGS
+    assert set(re.findall(r"--[a-z][a-z-]+", done.stdout)) - {"--help"} == FLAGS
 
 
 def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path):
