@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,17 @@ class Clip:
                 digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+
+def openai_fits(text: str) -> bool:
+    """Whether OpenAI's CLIP models read the whole text; needs no weights."""
+    tokenizer = _openai_tokenizer()
+    return len(tokenizer.encode(text)) + 2 <= int(tokenizer.context_length)
+
+
+@lru_cache(maxsize=1)
+def _openai_tokenizer() -> Any:
+    return open_clip.SimpleTokenizer()
 
 
 def preprocess(

@@ -5,6 +5,8 @@ Ip2pError
 |-- ImageError     the bytes of one image cannot be used; a stage makes a reject of it
 |-- ModelError     a weights folder is missing or broken; names it
 |-- DatasetError   a dataset is missing, incomplete or of another schema; names it
+|-- ReplyError     one caption got no reply; a stage makes a reject of it
+|-- BudgetError    a spending cap or the account's quota is reached; what was paid is kept
 `-- StageError     a stage of the flow failed, or rejected more rows than it may
 
 ConfigError and ImageError are ValueErrors too. No class has an `__init__`, so that each survives
@@ -32,6 +34,14 @@ class ModelError(Ip2pError):
 
 class DatasetError(Ip2pError):
     """A dataset is missing, incomplete or has another schema; the text names its URI."""
+
+
+class ReplyError(Ip2pError):
+    """A language model gave no reply to one caption; the text says after which failures."""
+
+
+class BudgetError(Ip2pError):
+    """A spending cap or the account's quota is reached; once raised, the same command goes on."""
 
 
 class StageError(Ip2pError):

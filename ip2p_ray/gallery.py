@@ -1,4 +1,4 @@
-"""The report of a run as one HTML page: no other file, no script, nothing loaded from outside."""
+"""Reports as HTML pages of one file each: no script, nothing loaded from outside."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import jinja2
 from markupsafe import Markup
 
 from ip2p_ray.evaluation import CurvePoint
-from ip2p_ray.report import duration
+from ip2p_ray.report import Report, duration
+from ip2p_ray.triplets.quality import Quality
 
 TEMPLATE = "report.html.jinja"
+TRIPLETS_TEMPLATE = "triplets.html.jinja"
 COLOURS = ("#2f6fde", "#c8553d", "#3a8f5c", "#8a5cc2")
 """Of the series of a plot; legible on white and on black."""
 
@@ -72,12 +74,7 @@ def page(
     command: str,
 ) -> str:
     """The page's text. `metrics` is what metrics.json holds; `command` is what to type next."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters.update(png=_data_uri, duration=duration)
-    source = resources.files("ip2p_ray").joinpath("templates", TEMPLATE).read_text("utf-8")
-    return environment.from_string(source).render(
+    return _template(TEMPLATE).render(
         title=title,
         metrics=metrics,
         scored={label: metrics[name] for name, label in ANSWERERS.items() if name in metrics},
@@ -98,6 +95,55 @@ def page(
         loss=plot([Series("loss", losses)], x_label="optimizer step", y_label="loss"),
         command=command,
     )
+
+
+def triplets_page(report: Report, quality: Quality, *, writer: str) -> str:
+    """What became of a writer's replies, and what its triplets are like."""
+    names = {"caption": "the caption", "instruction": "the instruction"}
+    names["edited_caption"] = "the edited caption"
+    return _template(TRIPLETS_TEMPLATE).render(
+        report=report.as_dict(),
+        quality=quality,
+        writer=writer,
+        verbs=_most(quality.verbs, 24),
+        kinds=dict(quality.kinds),
+        lengths={title: _binned(quality.lengths[name]) for name, title in names.items()},
+    )
+
+
+def _most(counts: Mapping[str, int], most: int) -> dict[str, int]:
+    """The first so many, and all others together."""
+    first = dict(list(counts.items())[:most])
+    rest = sum(counts.values()) - sum(first.values())
+    return {**first, f"{len(counts) - most} others": rest} if rest else first
+
+
+def _binned(counts: Mapping[int, int], most: int = 16) -> dict[str, int]:
+    """Counts by number of words, neighbours taken together until there are no more than `most`."""
+    if not counts:
+        return {}
+    low, high = min(counts), max(counts)
+    width = -(-(high - low + 1) // most)
+    bins: dict[str, int] = {}
+    for start in range(low, high + 1, width):
+        last = start + width - 1
+        name = f"{start}" if width == 1 else f"{start} to {last}"
+        bins[name] = sum(counts.get(length, 0) for length in range(start, last + 1))
+    return bins
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(
+            lambda name: resources.files("ip2p_ray").joinpath("templates", name).read_text("utf-8")
+        ),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(png=_data_uri, duration=duration)
+    return environment.get_template(name)
 
 
 def plot(

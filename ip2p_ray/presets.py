@@ -126,14 +126,14 @@ def fingerprints(preset: Preset) -> dict[str, str]:
     }
     if preset.writer is not None:
         LocalWriter.load(preset.writer)
-        found["writer"] = _hash_folder(Path(preset.writer))
+        found["writer"] = folder_fingerprint(Path(preset.writer))
     if preset.shipped is not None:
-        found["shipped_editor"] = _hash_folder(Path(preset.shipped) / "editor")
+        found["shipped_editor"] = folder_fingerprint(Path(preset.shipped) / "editor")
     return found
 
 
-def _hash_folder(folder: Path) -> str:
-    """32 hex digits of the names and contents of a folder's files."""
+def folder_fingerprint(folder: Path) -> str:
+    """32 hex digits of the names and contents of a folder's files: what identifies a model."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = path.read_bytes()

@@ -52,6 +52,13 @@ CAPTIONS = pa.schema(
     ]
 )
 
+COLLECTED_CAPTIONS = pa.schema(
+    [
+        *CAPTIONS,  # all that readers of captions ask for
+        ("source", pa.string()),  # which collection or file it is from; may be null
+    ]
+)
+
 TRIPLETS = pa.schema(
     [
         *_TEXT_FIELDS,
@@ -147,6 +154,11 @@ DATASETS: dict[str, pa.Schema] = {
 def caption_key(caption: str) -> str:
     """32 hex digits that identify a caption by its text."""
     return _hash("caption", caption, size=16).hex()
+
+
+def reply_key(caption: str, model: str, recipe: str) -> str:
+    """32 hex digits that identify what a language model is asked about a caption."""
+    return _hash("reply", caption, model, recipe, size=16).hex()
 
 
 def triplet_key(caption: str, instruction: str, edited_caption: str) -> str:

@@ -11,10 +11,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
-from ip2p_ray.clip import CONFIG_FILE, WEIGHTS_FILE, Clip, needs_quick_gelu, preprocess, save_clip
+from ip2p_ray.captions import surely_fits
+from ip2p_ray.clip import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Clip,
+    needs_quick_gelu,
+    openai_fits,
+    preprocess,
+    save_clip,
+)
 from ip2p_ray.errors import ConfigError, ModelError
 from ip2p_ray.filtering import Thresholds, select
 from ip2p_ray.schema import SIMILARITIES
+from ip2p_ray.triplets.examples import load_examples
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CAPTIONS = ["a red cat on the mat", "a blue dog", "a red boat at sea"]
@@ -252,6 +262,19 @@ def test_a_config_of_another_model_is_refused_and_the_old_folder_stays(clip, mod
 def test_what_is_neither_a_folder_nor_a_name_is_refused(source):
     with pytest.raises(ModelError, match=f"CLIP folder {source} does not exist, nor is it"):
         Clip.load(source)
+
+
+def test_openai_models_read_75_tokens_between_start_and_end():
+    assert openai_fits("cat " * 75)
+    assert not openai_fits("cat " * 76)
+
+
+def test_a_count_without_vocabulary_is_never_too_low_for_plain_english():
+    texts = [text for t in load_examples() for text in (t.caption, t.edited_caption)]
+    joined = [", ".join(texts[n : n + size]) for n in range(0, 500, 5) for size in (4, 6, 8)]
+    sure = [text for text in joined if surely_fits(text)]
+    assert len(sure) > 50
+    assert all(map(openai_fits, sure))
 
 
 def test_weights_that_open_clip_does_not_have_are_refused():

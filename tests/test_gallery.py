@@ -4,8 +4,11 @@ import pytest
 from PIL import Image
 
 from ip2p_ray.evaluation import CurvePoint
-from ip2p_ray.gallery import Series, ShownEdit, ShownPair, page, plot
+from ip2p_ray.gallery import Series, ShownEdit, ShownPair, page, plot, triplets_page
 from ip2p_ray.images import encode_png
+from ip2p_ray.report import Report
+from ip2p_ray.triplets.quality import Tally
+from ip2p_ray.triplets.reply import Triplet
 
 PNG = encode_png(Image.new("RGB", (4, 4), "red"))
 SCORES = {"forced_choice_accuracy": 0.625, "preservation_error": 0.031}
@@ -104,3 +107,21 @@ def test_a_plot_lies_within_its_frame():
 def test_one_point_and_no_point_can_be_plotted():
     assert "polyline" in plot([Series("a", [(1.0, 1.0)])], x_label="x", y_label="y")
     assert plot([], x_label="x", y_label="y") == ""
+
+
+def test_the_page_of_triplets_is_one_file_with_counts_and_something_to_read():
+    tally = Tally()
+    for number in range(60):
+        words = "very " * number
+        tally.add(Triplet(f"a {words}<boat>", f"verb{number} it", f"a {words}<ship>"))
+    report = Report.count("triplets", [None] * 60 + ["empty_reply"] * 4, 1.0)
+    text = triplets_page(report, tally.quality(), writer="<fake>")
+    found = Tags(text)
+    assert "60 of 64 replies are triplets" in text
+    assert "empty reply" in found.words
+    assert "&lt;boat&gt;" in text
+    assert "<boat>" not in text
+    assert "&lt;fake&gt;" in text
+    assert ".bar" in text  # the style is in it
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in found.tags}
+    assert text.count("<b>") == 50

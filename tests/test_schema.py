@@ -33,6 +33,7 @@ def test_keys_and_seeds_are_what_they_always_were():
     recipe = schema.recipe(Config(), "weights")
     assert schema.SCHEMA_VERSION == 1, "the values below belong to version 1"
     assert schema.caption_key("a cat") == "63ed5137457ea5d9d94e169869c9a7c4"
+    assert schema.reply_key("a cat", "model", recipe) == "99d9e011c6bb2ec66a58df7df48c2f41"
     assert key == "5eb41bb94c17925ea0942a16ef6621fd"
     assert recipe == "21b1b8cab09176fc"
     assert schema.pair_key(key, 3, recipe) == "805751e6331a891bf99d10e13e4d51d7"
@@ -48,6 +49,7 @@ def test_triplet_keys_are_equal_only_for_equal_texts(left, right):
 
 def test_moving_a_letter_across_a_boundary_changes_every_key():
     assert schema.triplet_key("ab", "c", "d") != schema.triplet_key("a", "bc", "d")
+    assert schema.reply_key("ab", "c", "d") != schema.reply_key("a", "bc", "d")
     assert schema.pair_key("k1", 2, "r") != schema.pair_key("k", 12, "r")
     assert schema.candidate_seed("k1", 2, "r") != schema.candidate_seed("k", 12, "r")
     assert schema.recipe(Config(), "ab", "c") != schema.recipe(Config(), "a", "bc")

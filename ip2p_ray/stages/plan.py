@@ -34,6 +34,8 @@ class Step:
     arguments: Mapping[str, Any]
     """Of its constructor."""
     resources: run.Resources
+    blocks: int | None = None
+    """Blocks that an actor works on at the same time; only where `__call__` is a coroutine."""
 
 
 def shards(uri: str, prefix: str = "") -> list[str]:
@@ -71,7 +73,10 @@ def stream(
     blocks = -(-rows // rows_per_block)
     already = count_rows(note for note in resume.glob("*.parquet") if _is_committed(note))
     progress = Progress(name, total=rows, unit=unit, done=already)
-    with counted(progress) as tally, ray.data.DataContext.current(_context(key, resume)):
+    context = _context(key, resume)
+    if any(step.blocks for step in steps):
+        context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
+    with counted(progress) as tally, ray.data.DataContext.current(context):
         data: Any = ray.data.read_parquet(
             list(sources), override_num_blocks=blocks, num_cpus=TASK_CPUS
         )
@@ -98,7 +103,9 @@ def _mapped(data: Any, step: Step, blocks: int) -> Any:
         fn_constructor_kwargs=dict(step.arguments),
         batch_size=resources.batch_size,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(resources.actors, blocks)),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(resources.actors, blocks), max_concurrent_calls_per_actor=step.blocks
+        ),
         num_cpus=resources.cpus,
         udf_modifying_row_count=False,
         **options,

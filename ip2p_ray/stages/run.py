@@ -21,7 +21,7 @@ import ray
 import ip2p_ray
 from ip2p_ray import storage
 from ip2p_ray.atomic import remove_leftovers
-from ip2p_ray.errors import ConfigError, DatasetError, Ip2pError, StageError
+from ip2p_ray.errors import BudgetError, ConfigError, DatasetError, Ip2pError, StageError
 from ip2p_ray.report import Report, duration
 from ip2p_ray.schema import recipe
 
@@ -32,6 +32,9 @@ RESUME = ".resume"
 
 NOTE_EVERY_S = 10.0
 """How often an attempt notes its time; kill -9 loses at most so much of it."""
+
+BUDGET_REACHED = 3
+"""Exit status of a job that a spending cap stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +274,8 @@ def resume_folder(uri: str) -> Path:
 def guarded(name: str, work: Callable[[], object]) -> int:
     """The exit status of a job: 0 for done, 1 for an error of this package, 130 for Ctrl-C.
 
-    Either is told in one sentence; anything else is a bug and is raised. Logging is set up here,
+    It is BUDGET_REACHED for a spending cap, after which the same command goes on. An error is told
+    in one sentence; one that is not this package's is a bug and is raised. Logging is set up here,
     once: this package's lines, and of other libraries only errors.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
@@ -289,7 +293,7 @@ def guarded(name: str, work: Callable[[], object]) -> int:
             raise
         # Ray adds lines of its own to what an actor raised.
         sys.stderr.write(f"{name}: {str(told).splitlines()[0]}\n")
-        return 1
+        return BUDGET_REACHED if isinstance(told, BudgetError) else 1
     return 0
 
 

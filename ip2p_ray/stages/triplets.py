@@ -1,35 +1,35 @@
-"""captions -> triplets: a language model in actors writes replies, and parsing keeps the usable.
+"""captions -> triplets: a language model writes replies, and parsing keeps the usable.
 
-The replies are a dataset of their own, so none is ever asked for twice.
+The replies are a dataset of their own, so none is ever asked for twice. A model in this cluster
+writes them in actors (`write_triplets`); one at an endpoint is asked by `replies.AskReplies`
+(`ask_triplets`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ip2p_ray import storage
-from ip2p_ray.clip import Clip
 from ip2p_ray.errors import StageError
+from ip2p_ray.gallery import triplets_page
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
 from ip2p_ray.stages import plan, run
-from ip2p_ray.triplets.local_writer import LocalWriter
+from ip2p_ray.stages.captions import Shards
+from ip2p_ray.stages.replies import REPLIES, Asking, ask_replies, fits_openai, origin_of
+from ip2p_ray.triplets.quality import Quality, Tally
 from ip2p_ray.triplets.reply import Triplet, parse_reply
+from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
 
 DUPLICATE = "duplicate_triplet"
 
-REPLIES = pa.schema(
-    [
-        *CAPTIONS,
-        ("reply", pa.string()),
-        ("status", pa.string()),  # "ok", or why the reply is no triplet
-        ("instruction", pa.string()),  # null unless the status is "ok"
-        ("edited_caption", pa.string()),  # null unless the status is "ok"
-    ]
-)
+_PART_ROWS = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,13 @@ class TripletConfig:
 class WriteReplies:
     """An actor of the plan: rows of CAPTIONS in, rows of REPLIES out."""
 
-    def __init__(self, writer: str, judge: str, seed: int) -> None:
-        self._writer = LocalWriter.load(writer)
-        self._fits = Clip.load(judge).fits
+    def __init__(self, writer: str, judge: str | None, seed: int, device: str = "cpu") -> None:
+        # Here, so that the stage needs no torch where an endpoint writes.
+        from ip2p_ray.clip import Clip
+        from ip2p_ray.triplets.local_writer import LocalWriter
+
+        self._writer = LocalWriter.load(writer, device)
+        self._fits = Clip.load(judge).fits if judge else fits_openai
         self._seed = seed
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -72,30 +76,34 @@ def write_triplets(
     config: TripletConfig,
     *,
     writer: str,
-    judge: str,
-    models: dict[str, str],
+    judge: str | None,
+    models: Mapping[str, str],
     resources: run.Resources,
 ) -> storage.Manifest:
     """The dataset `<folder>/triplets`, with `<folder>/replies` and `<folder>/rejects/triplets`.
 
+    `writer` is the folder of a causal LM. What is too long for the CLIP `judge`, by default
+    OpenAI's, is rejected. `models` has the fingerprint of each. The page triplets.html in the
+    folder says what the triplets are like.
+
     Raises:
         StageError: no reply was usable; the text says why not.
     """
-    replies, triplets = storage.join(folder, "replies"), storage.join(folder, "triplets")
-    rejects = storage.join(folder, "rejects", "triplets")
+    replies = storage.join(folder, "replies")
     asked = run.Origin(
         dataset="replies",
         config={"seed": config.seed},
         models={"writer": models["writer"], "judge": models["judge"]},
         sources={"captions": storage.read_manifest(captions).recipe},
     )
+    device = "cuda" if resources.gpus else "cpu"
     step = plan.Step(
         callable=WriteReplies,
-        arguments={"writer": writer, "judge": judge, "seed": config.seed},
+        arguments={"writer": writer, "judge": judge, "seed": config.seed, "device": device},
         resources=resources,
     )
 
-    def ask() -> list[Report]:
+    def write() -> list[Report]:
         plan.stream(
             plan.shards(captions),
             replies,
@@ -107,66 +115,131 @@ def write_triplets(
         )
         return []
 
-    wrote = run.make(replies, asked, ask)
+    wrote = run.make(replies, asked, write)
+    return _made(folder, asked, asdict(config), config.held_out, wrote.wall_seconds)
+
+
+def ask_triplets(
+    captions: str,
+    folder: str,
+    config: WriterConfig,
+    *,
+    examples: Sequence[Triplet],
+    asking: Asking,
+    held_out: float = 0.05,
+) -> storage.Manifest:
+    """What `write_triplets` makes, by a model at an endpoint.
+
+    Raises:
+        Ip2pError: as `replies.ask_replies`, and if no reply was usable.
+    """
+    replies = storage.join(folder, "replies")
+    asked = origin_of(captions, config, writer_recipe(config, examples))
+    wrote = ask_replies(captions, replies, asked, config, examples=examples, asking=asking)
+    settings = {**asdict(config), "held_out": held_out}
+    return _made(folder, asked, settings, held_out, wrote.wall_seconds)
+
+
+def _made(
+    folder: str,
+    asked: run.Origin,
+    settings: Mapping[str, Any],
+    held_out: float,
+    seconds: float,
+) -> storage.Manifest:
+    """The triplets of the replies in the folder, their rejects and their page."""
+    replies, triplets = storage.join(folder, "replies"), storage.join(folder, "triplets")
+    rejects = storage.join(folder, "rejects", "triplets")
     origin = run.Origin(
-        dataset="triplets", config=asdict(config), models=asked.models, sources=asked.sources
+        dataset="triplets", config=settings, models=asked.models, sources=asked.sources
     )
     run.make(rejects, origin, lambda: _write_rejects(replies, rejects))
-    seconds = wrote.wall_seconds
 
     def write() -> list[Report]:
-        rows, report = _triplets(replies, config, models["writer"], seconds)
-        if not rows:
-            raise StageError(f"triplets: no reply was usable: {report.line()}")
-        table = pa.Table.from_pylist(rows, schema=TRIPLETS)
-        storage.write_shard(triplets, "triplets-00000", table)
+        quality, report = _write_triplets(
+            replies, triplets, held_out, origin.models["writer"], seconds
+        )
+        page = triplets_page(report, quality, writer=origin.models["writer"])
+        storage.write_bytes(storage.join(folder, "triplets.html"), page.encode())
         return [report]
 
     return run.make(triplets, origin, write)
 
 
-def _triplets(
-    replies: str, config: TripletConfig, writer: str, seconds: float
-) -> tuple[list[dict[str, Any]], Report]:
-    """Rows of TRIPLETS by their keys, and what became of the replies."""
-    judged = _judged(replies)
-    rows = []
-    for row, reason in judged:
-        if reason is None:
-            texts = {name: row[name] for name in ("caption", "instruction", "edited_caption")}
-            key = Triplet(**texts).key
-            rows.append(
-                {
-                    "triplet_key": key,
-                    **texts,
-                    "caption_key": row["caption_key"],
-                    "split": split_of(key, config.held_out),
-                    "writer": writer,
-                }
-            )
-    rows.sort(key=lambda row: str(row["triplet_key"]))
-    return rows, Report.count("triplets", [reason for _, reason in judged], seconds)
+def _write_triplets(
+    replies: str, triplets: str, held_out: float, writer: str, seconds: float
+) -> tuple[Quality, Report]:
+    """Writes rows of TRIPLETS in the order of the caption keys, and counts them."""
+    _clear(triplets)
+    shards, tally = Shards(triplets, "triplets", TRIPLETS), Tally()
+    reasons = []
+    for row, reason in _judged(replies):
+        reasons.append(reason)
+        if reason is not None:
+            continue
+        texts = {name: row[name] for name in ("caption", "instruction", "edited_caption")}
+        triplet = Triplet(**texts)
+        tally.add(triplet)
+        shards.add(
+            {
+                "triplet_key": triplet.key,
+                **texts,
+                "caption_key": row["caption_key"],
+                "split": split_of(triplet.key, held_out),
+                "writer": writer,
+            }
+        )
+    report = Report.count("triplets", reasons, seconds)
+    if not report.rows_out:
+        raise StageError(f"triplets: no reply was usable: {report.line()}")
+    shards.close()
+    return tally.quality(), report
 
 
 def _write_rejects(replies: str, rejects: str) -> list[Report]:
-    rows = [
-        {"stage": "triplets", "key": row["caption_key"], "reason": reason, "detail": row["reply"]}
-        for row, reason in _judged(replies)
-        if reason is not None
-    ]
-    storage.write_shard(rejects, "rejects-00000", pa.Table.from_pylist(rows, schema=REJECTS))
+    _clear(rejects)
+    shards = Shards(rejects, "rejects", REJECTS)
+    for row, reason in _judged(replies):
+        if reason is not None:
+            shards.add(
+                {
+                    "stage": "triplets",
+                    "key": row["caption_key"],
+                    "reason": reason,
+                    "detail": row["reply"],
+                }
+            )
+    shards.close()
     return []
 
 
-def _judged(replies: str) -> list[tuple[dict[str, Any], str | None]]:
+def _clear(uri: str) -> None:
+    """Removes what a killed run left of a dataset."""
+    for shard in storage.list_shards(uri):
+        storage.local_path(shard).unlink()
+
+
+def _judged(replies: str) -> Iterator[tuple[dict[str, Any], str | None]]:
     """Each reply with the reason why it gives no triplet, in the order of the caption keys."""
-    rows = storage.read_dataset(replies, REPLIES).sort_by("caption_key").to_pylist()
-    seen: set[tuple[str, str]] = set()
-    judged = []
-    for row in rows:
-        reason = None if row["status"] == "ok" else row["status"]
-        if reason is None and (row["caption"], row["instruction"]) in seen:
-            reason = DUPLICATE
-        seen.add((row["caption"], row["instruction"]))
-        judged.append((row, reason))
-    return judged
+    seen: set[bytes] = set()
+    for row in _in_order(replies):
+        reason = None if row["status"] == "ok" else str(row["status"])
+        if reason is None:
+            texts = f"{row['caption']}\n{row['instruction']}".casefold()
+            digest = blake2b(texts.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            if digest in seen:
+                reason = DUPLICATE
+            seen.add(digest)
+        yield row, reason
+
+
+def _in_order(replies: str) -> Iterator[dict[str, Any]]:
+    """The rows of REPLIES by their keys; a part of all keys is in memory at a time."""
+    rows = storage.read_manifest(replies).rows
+    shards = plan.shards(replies)
+    parts = max(1, -(-rows // _PART_ROWS))
+    bounds = [f"{number * 2**32 // parts:08x}" for number in range(parts)]
+    for low, high in zip(bounds, [*bounds[1:], "g"], strict=True):
+        within = [("caption_key", ">=", low), ("caption_key", "<", high)]
+        tables = [pq.read_table(shard, schema=REPLIES, filters=within) for shard in shards]
+        yield from pa.concat_tables(tables).sort_by("caption_key").to_pylist()

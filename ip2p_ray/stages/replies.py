@@ -1,0 +1,405 @@
+"""captions -> replies: actors that each keep many requests to one endpoint in flight.
+
+Each reply is in the journal before anything is made of it, so the dataset of replies can be made
+again for nothing. That is what happens to one with rows that are not final: no reply came, or the
+run was stopped before it asked. They are written as any other, so that a plan stays one row in, one
+row out; the next run drops the unfinished dataset, reads from the journal what was answered, and
+asks for the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from ip2p_ray import errors, storage
+from ip2p_ray.captions import surely_fits
+from ip2p_ray.errors import (
+    BudgetError,
+    ConfigError,
+    DatasetError,
+    Ip2pError,
+    ReplyError,
+    StageError,
+)
+from ip2p_ray.report import Report
+from ip2p_ray.schema import CAPTIONS
+from ip2p_ray.stages import plan, run
+from ip2p_ray.triplets.endpoint import Endpoint
+from ip2p_ray.triplets.journal import Journal, JournalledWriter
+from ip2p_ray.triplets.limits import Limits, LimitsConfig, Usage
+from ip2p_ray.triplets.reply import NO_REPLY, Triplet, read_reply
+from ip2p_ray.triplets.writer import OpenAIWriter, WriterConfig
+
+logger = logging.getLogger(__name__)
+
+REPLIES = pa.schema(
+    [
+        *CAPTIONS,
+        ("reply", pa.string()),  # or what went wrong instead
+        ("status", pa.string()),  # "ok", or why the reply is no triplet
+        ("instruction", pa.string()),  # null unless the status is "ok"
+        ("edited_caption", pa.string()),  # null unless the status is "ok"
+    ]
+)
+
+STOPPED = "stopped"
+"""Begins the status, "stopped ConfigError", of a caption that was not asked about any more."""
+
+_MOST_ROWS = 500
+_BATCHES = 4  # Ray Data runs as many of a block at the same time
+_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How an endpoint is asked; but for `max_no_reply` no field changes what comes out."""
+
+    journal: str
+    """Folder of the replies, on a file system that all nodes share."""
+    endpoint: Endpoint
+    limits: LimitsConfig
+    """Of all actors together."""
+    actors: int = 1
+    """Processes that ask."""
+    concurrency: int = 64
+    """Requests that each of them has in flight."""
+    max_no_reply: float = 0.05
+    """Share of captions, in [0, 1], that may be left without a reply; above it the stage fails."""
+    wait_s: float = _PATIENCE_S
+    """Seconds in which the actors of a run that was killed have to be gone."""
+
+    def __post_init__(self) -> None:
+        if self.actors < 1 or self.concurrency < 1:
+            raise ConfigError(
+                f"actors and concurrency are at least 1, got {self.actors} and {self.concurrency}"
+            )
+        if not 0.0 <= self.max_no_reply <= 1.0:
+            raise ConfigError(f"max_no_reply is a share in [0, 1], got {self.max_no_reply}")
+
+
+class AskReplies:
+    """An actor of the plan: rows of CAPTIONS in, rows of REPLIES out, many at a time."""
+
+    def __init__(
+        self,
+        config: WriterConfig,
+        examples: Sequence[Triplet],
+        asking: Asking,
+        limits: Any = None,
+    ) -> None:
+        self._lease = _lease(asking.journal)
+        fcntl.flock(self._lease, fcntl.LOCK_SH)  # until this process ends
+        shared = None if limits is None else RemoteLimits(limits)
+        writer = OpenAIWriter(config, asking.endpoint, examples=examples, limits=shared)
+        self._writer = JournalledWriter(writer, Journal(asking.journal))
+        self._turn = asyncio.Semaphore(asking.concurrency)
+        self._stop: dict[str, str | None] | None = None
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        """A reply to each caption of the batch, read; or why there is none."""
+        rows = batch.select(CAPTIONS.names).to_pylist()
+        found = await asyncio.gather(*(self._answer(row["caption"]) for row in rows))
+        for row, answer in zip(rows, found, strict=True):
+            row.update(answer)
+        return pa.Table.from_pylist(rows, schema=REPLIES)
+
+    async def _answer(self, caption: str) -> Mapping[str, str | None]:
+        async with self._turn:
+            if self._stop is not None:
+                return self._stop
+            try:
+                reply = await self._writer.write(caption)
+            except ReplyError as error:
+                return {"reply": str(error), "status": NO_REPLY}
+            except (Ip2pError, OSError) as error:
+                # Not raised: Ray would end the actors, and lose what is in flight and paid for.
+                own = error if isinstance(error, Ip2pError) else StageError(f"journal: {error}")
+                self._stop = {"reply": str(own), "status": f"{STOPPED} {type(own).__name__}"}
+                return self._stop
+        found = read_reply(caption, reply, fits=fits_openai)
+        if isinstance(found, Triplet):
+            texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
+            return {"reply": reply.text, "status": "ok", **texts}
+        return {"reply": reply.text, "status": found}
+
+
+@ray.remote(num_cpus=0)
+class SharedLimits:
+    """`LocalLimits` for all actors of a plan."""
+
+    def __init__(self, config: LimitsConfig, spent: Usage) -> None:
+        from ip2p_ray.triplets.limits import LocalLimits
+
+        self._limits = LocalLimits(config, spent=spent)
+
+    async def acquire(self, most: Usage) -> int:
+        """See `Limits.acquire`."""
+        return await self._limits.acquire(Usage(*most))
+
+    async def settle(self, ticket: int, used: Usage | None) -> None:
+        """See `Limits.settle`."""
+        await self._limits.settle(ticket, None if used is None else Usage(*used))
+
+
+class RemoteLimits(Limits):
+    """`SharedLimits` as an actor's writer asks it."""
+
+    def __init__(self, limits: Any) -> None:
+        self._limits = limits
+
+    async def acquire(self, most: Usage) -> int:
+        """See `Limits.acquire`."""
+        try:
+            return int(await self._limits.acquire.remote(most))
+        except ray.exceptions.RayActorError as error:
+            raise StageError(
+                "the actor that counts what is spent was lost; the same command goes on from here"
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            # Ray's own has a traceback for a text.
+            raise run.own_error(error) or error from None
+
+    async def settle(self, ticket: int, used: Usage | None) -> None:
+        """See `Limits.settle`; told, not waited for."""
+        self._limits.settle.remote(ticket, used)
+
+
+def check(
+    captions: str,
+    folder: str,
+    config: WriterConfig,
+    *,
+    examples: Sequence[Triplet],
+    endpoint: Endpoint,
+) -> None:
+    """Returns if replies to the captions are in the folder, or can be asked for; spends nothing.
+
+    Needs no Ray. A server that does not list the model is asked for one reply.
+
+    Raises:
+        ConfigError: no key, no server there, or none with that model; the text says which.
+        DatasetError: the captions are not whole, or lack a column.
+    """
+    _require_columns(plan.shards(captions))
+    if not (storage.local_path(folder) / "replies" / storage.MANIFEST).is_file():
+        asyncio.run(_check(config, examples, endpoint))
+
+
+def ask_replies(
+    captions: str,
+    uri: str,
+    origin: run.Origin,
+    config: WriterConfig,
+    *,
+    examples: Sequence[Triplet],
+    asking: Asking,
+) -> storage.Manifest:
+    """The dataset of replies at `uri`, REPLIES; nothing that the journal has is asked for again.
+
+    Whether the server is there, `check` says before.
+
+    Raises:
+        ConfigError: the server refuses every request.
+        DatasetError: the captions are not whole, or lack a column.
+        BudgetError: a cap is reached; every reply that was paid for is kept.
+        StageError: more captions than may be were left without a reply.
+    """
+
+    def ask() -> list[Report]:
+        sources = plan.shards(captions)
+        _require_columns(sources)
+        rows = plan.count_rows(sources)
+        _wait_for_others(asking)
+        if any(_unfinished(uri)):
+            logger.info("replies: some captions have no reply yet; the others are in the journal")
+            _drop(uri)
+        with Journal(asking.journal) as journal:
+            spent, known = journal.usage(), len(journal)
+        limits = _limits(asking, spent)
+        block = min(_MOST_ROWS, max(32, rows // (8 * asking.actors)))
+        step = plan.Step(
+            callable=AskReplies,
+            arguments={"config": config, "examples": examples, "asking": asking, "limits": limits},
+            resources=run.Resources(
+                actors=asking.actors, cpus=plan.TASK_CPUS, batch_size=-(-block // _BATCHES)
+            ),
+            # so many captions at hand that none of the slots waits for the end of a block
+            blocks=max(2, -(-4 * asking.concurrency // block)),
+        )
+        try:
+            plan.stream(
+                sources,
+                uri,
+                key="caption_key",
+                schema=REPLIES,
+                steps=[step],
+                unit="captions",
+                rows_per_block=block,
+            )
+        finally:
+            if limits is not None:
+                ray.kill(limits)
+            with Journal(asking.journal) as journal:
+                _log_spent(asking.limits, journal.usage(), spent, len(journal) - known)
+        _judge(uri, rows, asking.max_no_reply)
+        return []
+
+    return run.make(uri, origin, ask)
+
+
+def drop_unanswered(folder: str) -> int:
+    """How many captions of `<folder>/replies` have no reply.
+
+    If any has none, that dataset and those made from it are dropped, so that they are asked again.
+    """
+    replies = storage.join(folder, "replies")
+    count = sum(1 for _ in _unfinished(replies))
+    if count:
+        for name in ("triplets", "rejects/triplets", "replies"):
+            shutil.rmtree(storage.local_path(storage.join(folder, name)), ignore_errors=True)
+    return count
+
+
+def origin_of(
+    captions: str, config: WriterConfig, recipe: str, judge: str = "openai"
+) -> run.Origin:
+    """What replies of an endpoint depend on; `recipe` is the writer's."""
+    return run.Origin(
+        dataset="replies",
+        config=asdict(config),
+        models={"writer": f"{config.model} {recipe}", "judge": judge},
+        sources={"captions": storage.read_manifest(captions).recipe},
+    )
+
+
+async def _check(config: WriterConfig, examples: Sequence[Triplet], endpoint: Endpoint) -> None:
+    async with OpenAIWriter(config, endpoint, examples=examples) as writer:
+        await writer.check()
+
+
+def _limits(asking: Asking, spent: Usage) -> Any:
+    """The actor that counts for all; None where there is nothing to count."""
+    told = asking.limits
+    caps = (told.requests_per_minute, told.tokens_per_minute, told.max_tokens, told.max_usd)
+    if not any(cap is not None for cap in caps):
+        return None
+    made: Any = SharedLimits
+    calls = 2 * asking.actors * asking.concurrency + 16
+    return made.options(max_concurrency=calls).remote(told, spent)
+
+
+def _lease(journal: str) -> TextIO:
+    folder = Path(journal)
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / ".asking").open("a")
+
+
+def _wait_for_others(asking: Asking) -> None:
+    """Returns when no actor asks for this journal: after a kill some live on for a moment."""
+    until = time.monotonic() + asking.wait_s
+    with _lease(asking.journal) as lease:
+        while True:
+            try:
+                fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise StageError(
+                        f"another run is asking for the journal {asking.journal}; wait for it, or "
+                        "give another journal"
+                    ) from error
+                time.sleep(0.2)
+            else:
+                return
+
+
+def _require_columns(sources: Sequence[str]) -> None:
+    for source in sources:
+        names = pq.read_schema(source).names
+        missing = [name for name in CAPTIONS.names if name not in names]
+        if missing:
+            raise DatasetError(
+                f"{source} is no shard of captions: it lacks {', '.join(missing)} and has "
+                f"{', '.join(names)}; jobs/collect_captions.py makes captions of any file"
+            )
+
+
+def _unfinished(uri: str) -> Iterator[tuple[str, str]]:
+    """(status, what was said) of each row that is not final, in whatever lies there."""
+    for shard in storage.list_shards(uri):
+        statuses = pq.read_table(shard, columns=["status"])["status"].to_pylist()
+        if any(_is_open(status) for status in statuses):
+            said = pq.read_table(shard, columns=["reply"])["reply"].to_pylist()
+            for status, text in zip(statuses, said, strict=True):
+                if _is_open(status):
+                    yield status, text
+
+
+def _is_open(status: str) -> bool:
+    return status == NO_REPLY or status.startswith(STOPPED)
+
+
+def _drop(uri: str) -> None:
+    """The shards, and the notes that they were written."""
+    for shard in storage.list_shards(uri):
+        storage.local_path(shard).unlink()
+    shutil.rmtree(run.resume_folder(uri), ignore_errors=True)
+
+
+def _judge(uri: str, rows: int, max_no_reply: float) -> None:
+    """Returns if the replies are what they should be.
+
+    Raises:
+        Ip2pError: whatever stopped the actors.
+        StageError: too many captions have no reply.
+    """
+    lacking = 0
+    said = ""
+    for status, text in _unfinished(uri):
+        if status.startswith(STOPPED):
+            kind = getattr(errors, status.removeprefix(STOPPED).strip(), StageError)
+            if kind is BudgetError:
+                text += "; once there is more, the same command goes on, and asks for nothing twice"
+            raise kind(text)
+        lacking += 1
+        said = said or text
+    if lacking > max_no_reply * rows:
+        raise StageError(
+            f"replies: {lacking:,} of {rows:,} captions got none, more than the {max_no_reply:.0%} "
+            f"allowed, for example: {said}; the same command asks for those again and for no other"
+        )
+
+
+def _log_spent(limits: LimitsConfig, usage: Usage, before: Usage, answered: int) -> None:
+    now = usage.minus(before)
+    price = f", {limits.usd(now):.2f} USD" if limits.usd(usage) else ""
+    in_all = f", {limits.usd(usage):.2f} USD" if limits.usd(usage) else ""
+    logger.info(
+        "replies: %s new ones, %s tokens read and %s written%s; with earlier runs %s tokens%s",
+        f"{answered:,}",
+        f"{now.prompt_tokens:,}",
+        f"{now.completion_tokens:,}",
+        price,
+        f"{usage.tokens:,}",
+        in_all,
+    )
+
+
+def fits_openai(text: str) -> bool:
+    """Whether OpenAI's CLIP reads the whole text; its vocabulary is loaded once one is long."""
+    if surely_fits(text):
+        return True
+    from ip2p_ray.clip import openai_fits
+
+    return openai_fits(text)

@@ -1,0 +1,368 @@
+"""Replies on disk the moment they arrive, so that none is ever paid for twice.
+
+A journal is a folder; each process that writes has a file of its own in it, and all read all
+files. A record is one line of JSON with a checksum at its end. A file is only ever appended to, and
+a reply counts from the moment it is on disk: whenever a process is killed, at most its last line is
+cut, and no reader takes a cut line for a record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from ip2p_ray.errors import ConfigError, DatasetError
+from ip2p_ray.schema import reply_key
+from ip2p_ray.triplets.limits import NOTHING, Usage
+from ip2p_ray.triplets.reply import Reply
+
+_log = logging.getLogger(__name__)
+
+SUFFIX = ".jsonl"
+"""Of the files of a journal."""
+
+# {"key":"<32 hex digits>", ... ,"checksum":"<16 hex digits>"}, the checksum over all before it
+_KEY_START = b'{"key":"'
+_KEY = slice(len(_KEY_START), len(_KEY_START) + 32)
+_CHECKSUM_START = b',"checksum":"'
+_TAIL = len(_CHECKSUM_START) + 16 + len(b'"}')
+_OFFSET_BITS = 40  # a file of a journal is below a terabyte
+
+
+class Journal:
+    """Replies by key, in a folder that several processes may write to at the same time.
+
+    Thread-safe. In memory is a 16-byte digest for each key and the place of its record. Of two
+    records of one key the later holds: by the start of the process that wrote it, then by place.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._files: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self._read_up_to: list[int] = []
+        self._places: dict[bytes, int] = {}
+        self._corrupt = 0
+        self._seen = 0
+        self._reading = threading.Lock()
+        self._pen = _Pen(self._folder)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """How many keys have a reply."""
+        self._refresh()
+        return len(self._places)
+
+    @property
+    def corrupt(self) -> int:
+        """Whole lines that are no records; a last line that was cut is none of them."""
+        self._refresh()
+        return self._corrupt
+
+    def get(self, key: str) -> Reply | None:
+        """The reply of a key, from whichever process; None if none is on disk."""
+        digest = bytes.fromhex(key)
+        if digest not in self._places or self._pen.batches != self._seen:
+            self._refresh()
+        place = self._places.get(digest)
+        return None if place is None else self._reply(place)
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Returns once the reply is on disk."""
+        self.submit(key, reply).result()
+
+    def submit(self, key: str, reply: Reply) -> Future[None]:
+        """Done once the reply is on disk; those that wait together share one flush."""
+        return self._pen.write(_line(key, reply))
+
+    def usage(self) -> Usage:
+        """Tokens of all replies on disk, each of those that were paid for twice included."""
+        total = NOTHING
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            for _, line in _lines(path, 0):
+                record = _record(line)
+                # a record with the word of moderation repeats one that came before
+                if record is not None and record["flagged"] is None:
+                    total = total.plus(_reply(record).usage)
+        return total
+
+    def close(self) -> None:
+        """Returns once all that was submitted is on disk; nothing can be put after it."""
+        self._pen.close()
+
+    def _reply(self, place: int) -> Reply | None:
+        file, offset = place >> _OFFSET_BITS, place & ((1 << _OFFSET_BITS) - 1)
+        with (self._folder / self._files[file]).open("rb") as stream:
+            stream.seek(offset)
+            record = _record(stream.readline().rstrip(b"\n"))
+        if record is None:
+            raise DatasetError(
+                f"{self._folder / self._files[file]} was changed: no record at byte {offset}"
+            )
+        return _reply(record)
+
+    def _refresh(self) -> None:
+        """Reads whatever was appended to any file since the last time."""
+        with self._reading, os.scandir(self._folder) as entries:
+            self._seen = self._pen.batches
+            for entry in entries:
+                if not entry.name.endswith(SUFFIX):
+                    continue
+                if entry.name not in self._numbers:
+                    self._numbers[entry.name] = len(self._files)
+                    self._files.append(entry.name)
+                    self._read_up_to.append(0)
+                number = self._numbers[entry.name]
+                if entry.stat().st_size > self._read_up_to[number]:
+                    self._read(number)
+
+    def _read(self, number: int) -> None:
+        path = self._folder / self._files[number]
+        corrupt = 0
+        for offset, line in _lines(path, self._read_up_to[number]):
+            self._read_up_to[number] = offset + len(line) + 1
+            if _is_whole(line):
+                digest = bytes.fromhex(line[_KEY].decode())
+                place = number << _OFFSET_BITS | offset
+                if self._is_later(place, self._places.get(digest)):
+                    self._places[digest] = place
+            else:
+                corrupt += 1
+        self._corrupt += corrupt
+        if corrupt:
+            _log.warning("%s: %d lines are no records and are left out", path, corrupt)
+
+    def _is_later(self, place: int, known: int | None) -> bool:
+        if known is None:
+            return True
+        new, old = place >> _OFFSET_BITS, known >> _OFFSET_BITS
+        return place > known if new == old else self._files[new] > self._files[old]
+
+
+class _Pen:
+    """The file of this process, and the thread that appends to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.batches = 0
+        """That are on disk."""
+        self._folder = folder
+        self._lines: queue.SimpleQueue[tuple[bytes, Future[None]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._closed = False
+
+    def write(self, line: bytes) -> Future[None]:
+        written: Future[None] = Future()
+        written.set_running_or_notify_cancel()  # whoever waits may be cancelled, the line not
+        with self._starting:
+            if self._closed:
+                raise ConfigError(f"the journal {self._folder} is closed")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+                self._thread.start()
+            self._lines.put((line, written))
+        return written
+
+    def close(self) -> None:
+        with self._starting:
+            self._closed = True
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                self._lines.put(None)
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        failure: OSError | None = None
+        with contextlib.ExitStack() as stack:
+            file = -1
+            for batch in self._batches():
+                try:
+                    if failure is None:
+                        if file < 0:
+                            file = _new_file(self._folder)
+                            stack.callback(os.close, file)
+                        _write_all(file, b"".join(line for line, _ in batch))
+                        os.fsync(file)
+                        self.batches += 1
+                except OSError as error:
+                    # What stands in the file now is not known: nothing may follow it.
+                    failure = error
+                for _, written in batch:
+                    if failure is None:
+                        written.set_result(None)
+                    else:
+                        written.set_exception(failure)
+
+    def _batches(self) -> Iterator[list[tuple[bytes, Future[None]]]]:
+        """Whatever has come together meanwhile, until the end."""
+        while True:
+            items = [self._lines.get()]
+            with contextlib.suppress(queue.Empty):
+                while items[-1] is not None:
+                    items.append(self._lines.get_nowait())
+            batch = [item for item in items if item is not None]
+            if batch:
+                yield batch
+            if items[-1] is None:
+                return
+
+
+class Writer(Protocol):
+    """A language model that can be asked for one reply at a time."""
+
+    @property
+    def model(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def recipe(self) -> str:
+        """Identifies how it is asked."""
+        ...
+
+    async def write(self, caption: str) -> Reply:
+        """Its reply to a caption; this may cost money."""
+        ...
+
+    async def moderate(self, caption: str, reply: Reply) -> Reply:
+        """The reply with `flagged` set, or the same reply if it needs no moderation."""
+        ...
+
+
+class JournalledWriter:
+    """A writer whose every reply is on disk before it is used, and is asked for once.
+
+    What was answered once, in this process or another, now or before a crash, is read; callers
+    who ask for the same at the same time share one request. A caller that is cancelled leaves its
+    request running: the reply is paid for, so it is kept. Belongs to one event loop.
+    """
+
+    def __init__(self, writer: Writer, journal: Journal) -> None:
+        self.asked = 0
+        """Replies that were asked for."""
+        self.found = 0
+        """Replies that were on disk already."""
+        self._writer = writer
+        self._journal = journal
+        self._in_flight: dict[str, asyncio.Task[Reply]] = {}
+
+    async def write(self, caption: str) -> Reply:
+        """The reply to a caption; raises what the writer raises."""
+        key = reply_key(caption, self._writer.model, self._writer.recipe)
+        task = self._in_flight.get(key)
+        if task is None:
+            task = asyncio.create_task(self._answer(key, caption))
+            self._in_flight[key] = task
+            task.add_done_callback(lambda done: self._landed(key, done))
+        return await asyncio.shield(task)
+
+    async def finish(self) -> None:
+        """Returns once no request is in flight."""
+        await asyncio.gather(*self._in_flight.values(), return_exceptions=True)
+
+    async def _answer(self, key: str, caption: str) -> Reply:
+        reply = await asyncio.to_thread(self._journal.get, key)
+        if reply is None:
+            self.asked += 1
+            reply = await self._writer.write(caption)
+            await asyncio.wrap_future(self._journal.submit(key, reply))
+        else:
+            self.found += 1
+        moderated = await self._writer.moderate(caption, reply)
+        if moderated != reply:
+            await asyncio.wrap_future(self._journal.submit(key, moderated))
+        return moderated
+
+    def _landed(self, key: str, task: asyncio.Task[Reply]) -> None:
+        del self._in_flight[key]
+        if not task.cancelled():
+            task.exception()  # looked at, even if every caller was cancelled
+
+
+def _line(key: str, reply: Reply) -> bytes:
+    if not re.fullmatch("[0-9a-f]{32}", key):
+        raise ConfigError(f"a key of a journal is 32 hex digits, got {key!r}")
+    fields = {"key": key, **asdict(reply)}
+    body = json.dumps(fields, separators=(",", ":")).encode()[:-1]
+    return body + _CHECKSUM_START + _checksum(body) + b'"}\n'
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The content of a line without its newline, or None if it is no record."""
+    if not _is_whole(line):
+        return None
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def _is_whole(line: bytes) -> bool:
+    body, tail = line[:-_TAIL], line[-_TAIL:]
+    return body.startswith(_KEY_START) and tail == _CHECKSUM_START + _checksum(body) + b'"}'
+
+
+def _checksum(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=8).hexdigest().encode()
+
+
+def _reply(record: dict[str, Any]) -> Reply:
+    return Reply(**{name: record[name] for name in Reply.__dataclass_fields__})
+
+
+class _Line(NamedTuple):
+    """A whole line and the byte at which it starts."""
+
+    offset: int
+    line: bytes
+
+
+def _lines(path: Path, start: int) -> Iterator[_Line]:
+    """Each line from byte `start` on, without its newline; one that lacks it is left out."""
+    with path.open("rb") as stream:
+        stream.seek(start)
+        offset = start
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            yield _Line(offset, line[:-1])
+            offset += len(line)
+
+
+def _new_file(folder: Path) -> int:
+    """A new file of the folder, named so that later ones sort later, and the folder on disk."""
+    host = re.sub(r"\W", "-", socket.gethostname())[:40]
+    name = f"{time.time_ns():020d}-{host}-{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    file = os.open(folder / name, flags, 0o644)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return file
+
+
+def _write_all(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]

@@ -1,0 +1,229 @@
+"""Triplets of captions: a language model writes an edit of each; nothing is ever paid for twice.
+
+    python jobs/write_triplets.py --captions runs/laion/captions --out runs/laion \
+        --model gpt-4o-mini --max-usd 20 --usd-per-million 0.15 0.60
+    python jobs/write_triplets.py --captions runs/laion/captions --out runs/laion \
+        --model my-model --base-url http://localhost:8000/v1 --api-key-env none
+    python jobs/write_triplets.py --captions runs/q/captions --out runs/q --writer local
+    ray job submit --working-dir . \
+        --runtime-env-json '{"env_vars": {"OPENAI_API_KEY": "..."}}' -- \
+        python jobs/write_triplets.py --captions /shared/run/captions --out /shared/run \
+        --model gpt-4o-mini --actors 4 --max-usd 20 --usd-per-million 0.15 0.60
+
+<out>/triplets, <out>/rejects/triplets and the page <out>/triplets.html come out. Whenever it is
+stopped, the same command goes on; <out>/journal has every reply from the moment it arrived. The
+status is 0 when all is written, 3 when a spending cap stopped it (raise it and run the same command
+again), 1 for any other failure and 2 for a wrong flag.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteTriplets:
+    """A dataset of captions in, a dataset of triplets out."""
+
+    captions: str
+    """Dataset of captions, as jobs/collect_captions.py makes it."""
+    out: Path = Path("runs/captions")
+    """Folder for the datasets and the journal; all nodes have to reach it."""
+    writer: Literal["openai", "local"] = "openai"
+    """A model behind an OpenAI-compatible server, or a causal LM in processes of this cluster."""
+    model: str | None = None
+    """The server's name of it; or a transformers folder, by default the miniature's writer."""
+    base_url: str = "https://api.openai.com/v1"
+    """Of the server's API, to the version: hosted, vLLM, Ollama, `transformers serve`."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; "none" where the server wants none."""
+    form: Literal["chat", "completions"] = "chat"
+    """Chat with examples; or the paper's text form, for a model that was fine-tuned for it."""
+    examples: Path | None = None
+    """File of triplets to show in the chat form; by default the package's own."""
+    shots: int = 8
+    """Examples shown with each caption."""
+    seed: int = 0
+    """Of the choice of examples, or of the local model's draws."""
+    temperature: float | Literal["server"] = 0.7
+    """Of the sampling; "server" sends none, as models that reason want it."""
+    max_reply_tokens: int = 256
+    """Tokens of the longest reply. Not of --writer local."""
+    structured: Literal["auto", "json_schema", "off"] = "auto"
+    """Whether chat replies are bound to a JSON schema."""
+    moderation: bool = False
+    """Show captions and replies to the server's moderation; what it flags is rejected."""
+    concurrency: int = 64
+    """Requests in flight of each actor; captions in a batch of --writer local."""
+    actors: int = 1
+    """Processes that ask, or that hold the local model."""
+    gpus: float = 0.0
+    """GPUs of each actor of --writer local."""
+    requests_per_minute: float | None = None
+    """Of all actors together, retries included."""
+    tokens_per_minute: float | None = None
+    """Of all actors together, in and out."""
+    max_tokens: int | None = None
+    """Tokens in and out after which the run stops; what the journal has from before counts."""
+    max_usd: float | None = None
+    """US dollars after which the run stops; needs --usd-per-million."""
+    usd_per_million: tuple[float, float] | None = None
+    """Prices of a million tokens read and of a million written."""
+    timeout: float = 120.0
+    """Seconds without a byte after which a request is given up."""
+    attempts: int = 10
+    """Requests for one caption before it is given up."""
+    max_no_reply: float = 0.05
+    """Share of captions that may be left without a reply; above it the run fails."""
+    retry_rejects: bool = False
+    """Ask again for captions that had no reply when the triplets were finished."""
+    held_out: float = 0.05
+    """Share of triplets that no editor is trained on."""
+
+    def __post_init__(self) -> None:
+        if self.writer == "openai" and not self.model:
+            raise ValueError("--model names a model at the server")
+        if self.writer == "local" and self.model and not Path(self.model).is_dir():
+            raise ValueError(f"--model {self.model}: there is no such folder")
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError("--base-url is like https://host/v1")
+        if "://" in self.captions and not self.captions.startswith("file://"):
+            raise ValueError(f"--captions {self.captions}: only local datasets can be read")
+        if self.examples is not None and not self.examples.is_file():
+            raise ValueError(f"--examples {self.examples}: there is no such file")
+        for name in ("concurrency", "actors", "max_reply_tokens", "attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is at least 1")
+        for name in ("requests_per_minute", "tokens_per_minute", "max_tokens", "max_usd"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is above 0")
+        if self.max_usd is not None and self.usd_per_million is None:
+            raise ValueError("--max-usd needs --usd-per-million, the prices of reading and writing")
+        if self.shots < 0 or self.gpus < 0 or not self.timeout > 0:
+            raise ValueError("--shots and --gpus are at least 0, --timeout is above 0")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError("--seed lies in [0, 2**63)")
+        if not (0 <= self.held_out < 1 and 0 <= self.max_no_reply <= 1):
+            raise ValueError("--held-out lies in [0, 1), --max-no-reply in [0, 1]")
+
+
+def main(job: WriteTriplets) -> int:
+    """Write the triplets, or find that they are there; returns the exit status."""
+    from ip2p_ray.stages import run
+
+    write = _ask if job.writer == "openai" else _write
+    return run.guarded("write_triplets", lambda: write(job))
+
+
+def _ask(job: WriteTriplets) -> None:
+    """By a model at a server."""
+    from ip2p_ray import storage
+    from ip2p_ray.stages import replies, run
+    from ip2p_ray.stages.triplets import ask_triplets
+    from ip2p_ray.triplets.endpoint import Endpoint
+    from ip2p_ray.triplets.examples import load_examples
+    from ip2p_ray.triplets.limits import LimitsConfig
+    from ip2p_ray.triplets.writer import WriterConfig
+
+    read, wrote = job.usd_per_million or (None, None)
+    config = WriterConfig(
+        model=job.model or "",
+        form=job.form,
+        temperature=None if job.temperature == "server" else job.temperature,
+        max_tokens=job.max_reply_tokens,
+        shots=job.shots,
+        seed=job.seed,
+        moderation=job.moderation,
+    )
+    out = job.out.absolute()
+    asking = replies.Asking(
+        journal=str(out / "journal"),
+        endpoint=Endpoint(
+            base_url=job.base_url,
+            api_key_env=None if job.api_key_env == "none" else job.api_key_env,
+            structured=job.structured,
+            timeout_s=job.timeout,
+            attempts=job.attempts,
+        ),
+        limits=LimitsConfig(
+            requests_per_minute=job.requests_per_minute,
+            tokens_per_minute=job.tokens_per_minute,
+            max_tokens=job.max_tokens,
+            max_usd=job.max_usd,
+            usd_per_million_prompt_tokens=read,
+            usd_per_million_completion_tokens=wrote,
+        ),
+        actors=job.actors,
+        concurrency=job.concurrency,
+        max_no_reply=job.max_no_reply,
+    )
+    examples = load_examples(job.examples) if job.form == "chat" and job.shots else []
+    captions = str(storage.local_path(job.captions).absolute())
+    with run.locked(out):
+        if job.retry_rejects:
+            count = replies.drop_unanswered(str(out))
+            print(f"write_triplets: {count:,} captions without a reply are asked about again")
+        replies.check(captions, str(out), config, examples=examples, endpoint=asking.endpoint)
+        with run.local_ray(workers=job.actors):
+            made = ask_triplets(
+                captions,
+                str(out),
+                config,
+                examples=examples,
+                asking=asking,
+                held_out=job.held_out,
+            )
+    _tell(job, made.rows)
+
+
+def _write(job: WriteTriplets) -> None:
+    """By a causal LM in this cluster."""
+    from ip2p_ray import presets, storage
+    from ip2p_ray.clip import Clip
+    from ip2p_ray.miniature.weights import WEIGHTS
+    from ip2p_ray.stages import run
+    from ip2p_ray.stages.triplets import TripletConfig, write_triplets
+    from ip2p_ray.triplets.local_writer import LocalWriter
+
+    writer = Path(job.model or WEIGHTS / "writer").absolute()
+    LocalWriter.load(writer)  # or a sentence that says what is wrong with it
+    judge = None if job.model else str(WEIGHTS / "judge")
+    models = {
+        "writer": presets.folder_fingerprint(writer),
+        "judge": Clip.load(judge).fingerprint() if judge else "openai",
+    }
+    captions = str(storage.local_path(job.captions).absolute())
+    out = job.out.absolute()
+    with run.locked(out), run.local_ray(workers=job.actors):
+        made = write_triplets(
+            captions,
+            str(out),
+            TripletConfig(seed=job.seed, held_out=job.held_out),
+            writer=str(writer),
+            judge=judge,
+            models=models,
+            resources=run.Resources(
+                actors=job.actors, batch_size=job.concurrency, gpus=job.gpus, cpus=0.5
+            ),
+        )
+    _tell(job, made.rows)
+
+
+def _tell(job: WriteTriplets, rows: int) -> None:
+    print(
+        f"write_triplets: {job.out / 'triplets'} has {rows:,} rows; look at {job.out}/triplets.html"
+    )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    sys.exit(main(tyro.cli(WriteTriplets, config=(tyro.conf.FlagCreatePairsOff,))))

@@ -1,0 +1,240 @@
+"""The job as people run it: its flags, its sentences, and kill -9 at any moment."""
+
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ip2p_ray import storage
+from ip2p_ray.miniature.scores import random_captions
+from ip2p_ray.schema import REJECTS, TRIPLETS, reply_key
+from ip2p_ray.stages.captions import collect_captions
+from ip2p_ray.testing import Behaviour, Faults, FaultyServer
+from ip2p_ray.triplets.journal import Journal
+from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+JOB = ROOT / "jobs" / "write_triplets.py"
+
+FLAGS = {
+    "--captions",
+    "--out",
+    "--writer",
+    "--model",
+    "--base-url",
+    "--api-key-env",
+    "--form",
+    "--examples",
+    "--shots",
+    "--seed",
+    "--temperature",
+    "--max-reply-tokens",
+    "--structured",
+    "--moderation",
+    "--concurrency",
+    "--actors",
+    "--gpus",
+    "--requests-per-minute",
+    "--tokens-per-minute",
+    "--max-tokens",
+    "--max-usd",
+    "--usd-per-million",
+    "--timeout",
+    "--attempts",
+    "--max-no-reply",
+    "--retry-rejects",
+    "--held-out",
+}
+"""Public: a flag that goes away, or changes its name, breaks somebody's command."""
+
+
+def command(*arguments):
+    return [sys.executable, str(JOB), *map(str, arguments)]
+
+
+def environment(**changes):
+    return {**os.environ, "COLUMNS": "400", "OMP_NUM_THREADS": "1", **changes}
+
+
+def run_job(*arguments, **changes):
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env=environment(**changes),
+    )
+
+
+@pytest.fixture
+def captions(tmp_path):
+    uri = tmp_path / "captions"
+    collect_captions([f"a red boat {number}" for number in range(20)], str(uri), config={})
+    return uri
+
+
+def test_the_flags_are_those_that_were_promised():
+    done = run_job("--help")
+    assert done.returncode == 0
+    assert set(re.findall(r"--[a-z][a-z-]+", done.stdout)) - {"--help"} == FLAGS
+
+
+def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path):
+    for arguments, told in (
+        ([], "--captions"),
+        (["--captions", "c"], "--model names a model"),
+        (["--captions", "s3://b/c", "--model", "m"], "only local datasets"),
+        (["--captions", "c", "--model", "m", "--base-url", "host"], "--base-url is like"),
+        (["--captions", "c", "--model", "m", "--max-usd", "5"], "--usd-per-million"),
+        (["--captions", "c", "--model", "m", "--concurrency", "0"], "--concurrency is at least 1"),
+        (["--captions", "c", "--model", "m", "--max-token", "1"], "--max-token"),
+        (["--captions", "c", "--writer", "local", "--model", tmp_path / "no"], "no such folder"),
+        (["--captions", "c", "--model", "m", "--examples", tmp_path / "no"], "no such file"),
+    ):
+        done = run_job(*arguments)
+        assert done.returncode == 2, arguments
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(captions, tmp_path):
+    out = tmp_path / "out"
+    with FaultyServer() as server:
+        usual = {"--captions": captions, "--out": out, "--model": "fake", "--shots": 0}
+        usual |= {"--base-url": server.url, "--api-key-env": "none", "--attempts": 2}
+        for changes, told in (
+            ({"--api-key-env": "NO_KEY"}, "the environment variable NO_KEY holds no key"),
+            ({"--model": "other"}, "has no model 'other'; it has fake"),
+            ({"--base-url": "http://127.0.0.1:9/v1"}, "cannot be reached"),
+            ({"--base-url": "http://127.0.0.1:9/v1", "--captions": tmp_path}, "no manifest"),
+        ):
+            flags = [part for flag in {**usual, **changes}.items() for part in flag]
+            done = run_job(*flags)
+            assert done.returncode == 1, done.stderr
+            assert done.stderr.startswith("write_triplets: ")
+            assert told in done.stderr
+            assert done.stderr.count("\n") == 1
+        assert not server.counts.paid
+
+
+@pytest.mark.ray
+def test_a_cap_ends_in_status_3_and_more_of_it_in_0(captions, tmp_path):
+    out = tmp_path / "out"
+    with FaultyServer(Behaviour(delay_s=0.02)) as server:
+        usual = ["--captions", captions, "--out", out, "--model", "fake", "--shots", "0"]
+        usual += ["--base-url", server.url, "--api-key-env", "none", "--concurrency", "2"]
+        usual += ["--usd-per-million", "1000", "1000", "--max-reply-tokens", "64"]
+        done = run_job(*usual, "--max-usd", "5")
+        assert done.returncode == 3, done.stderr
+        assert re.search(r"spending cap reached \(max_usd 5\).*the same command goes", done.stderr)
+        assert done.stderr.count("\n") == 1
+        assert 0 < server.counts.paid.total() < 20
+        done = run_job(*usual, "--max-usd", "500")
+        assert done.returncode == 0, done.stderr
+        assert f"write_triplets: {out / 'triplets'} has 20 rows" in done.stdout
+        assert set(server.counts.paid.values()) == {1}
+
+
+@pytest.mark.ray
+def test_a_local_writer_needs_no_server(tmp_path):
+    collect_captions(random_captions(12, 0), str(tmp_path / "captions"), config={})
+    flags = ["--captions", tmp_path / "captions", "--out", tmp_path, "--writer", "local"]
+    done = run_job(*flags)
+    assert done.returncode == 0, done.stderr
+    assert f"write_triplets: {tmp_path / 'triplets'} has" in done.stdout
+    assert (tmp_path / "triplets.html").is_file()
+
+
+class Runs:
+    """The same command on the same folder, as often as one likes."""
+
+    IN_FLIGHT = 16
+
+    def __init__(self, server, folder, captions):
+        self.server, self.folder, self.captions = server, folder, captions
+        collect_captions(captions, str(folder / "captions"), config={})
+        self._flags = ["--captions", folder / "captions", "--out", folder, "--model", "fake"]
+        self._flags += ["--base-url", server.url, "--api-key-env", "none", "--shots", "0"]
+        self._flags += ["--actors", "2", "--concurrency", str(self.IN_FLIGHT // 2)]
+        self._flags += ["--attempts", "30"]
+
+    def to_the_end(self):
+        """The keys of the triplets, and the reason of each reject."""
+        done = run_job(*self._flags)
+        assert done.returncode == 0, done.stderr
+        triplets = storage.read_dataset(str(self.folder / "triplets"), TRIPLETS).to_pylist()
+        rejects = storage.read_dataset(str(self.folder / "rejects/triplets"), REJECTS).to_pylist()
+        keys = [row["triplet_key"] for row in triplets]
+        assert len(keys) == len(set(keys))
+        return set(keys), {row["key"]: row["reason"] for row in rejects}
+
+    def killed(self, after, pause):
+        """Kills the driver `pause` seconds after the server was paid for `after` replies in all,
+        or when it has ended; returns what left the server and is not on disk."""
+        before = self.server.counts.paid.copy()
+        with subprocess.Popen(
+            command(*self._flags), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+        ) as process:
+            while self.server.counts.paid.total() < after and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(pause)
+            process.send_signal(signal.SIGKILL)
+        self._wait_until_quiet()
+        return Counter(set(self.server.counts.paid - before) - self.kept())
+
+    def kept(self):
+        """Captions whose reply is on disk."""
+        recipe = writer_recipe(WriterConfig(model="fake", shots=0), [])
+        journal = Journal(self.folder / "journal")
+        keys = {caption: reply_key(caption, "fake", recipe) for caption in self.captions}
+        return {caption for caption, key in keys.items() if journal.get(key) is not None}
+
+    def _wait_until_quiet(self):
+        """The actors of a driver that is gone ask on for a moment."""
+        quiet, seen = 0, -1
+        while quiet < 10:
+            now = self.server.counts.requests.total()
+            quiet = quiet + 1 if now == seen and not self.server.counts.in_flight else 0
+            seen = now
+            time.sleep(0.2)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("captions_count", "kills"), [(200, 2), pytest.param(1000, 20, marks=pytest.mark.slow)]
+)
+@pytest.mark.timeout(3600)
+def test_kills_change_nothing_and_no_kept_reply_is_paid_for_again(tmp_path, captions_count, kills):
+    texts = [f"a red boat {number}" for number in range(captions_count)]
+    behaviour = Behaviour(
+        seed=3, faults=Faults.evenly(0.2), delay_s=0.05, slow_s=0.05, retry_after_s=0.01
+    )
+    with FaultyServer(behaviour) as server:
+        undisturbed = Runs(server, tmp_path / "undisturbed", texts).to_the_end()
+        assert server.counts.paid == Counter(texts)
+    draws = random.Random(kills)
+    with FaultyServer(behaviour) as server:
+        runs = Runs(server, tmp_path / "killed", texts)
+        lost = Counter()
+        for _ in range(kills):
+            more = draws.randint(1, captions_count // (kills + 1))
+            unknown = runs.killed(server.counts.paid.total() + more, draws.uniform(0.0, 0.5))
+            assert unknown.total() <= Runs.IN_FLIGHT
+            lost += unknown
+        assert runs.to_the_end() == undisturbed
+        assert server.counts.paid == Counter(texts) + lost
+        asked = server.counts.requests.copy()
+        assert runs.to_the_end() == undisturbed
+        assert server.counts.requests == asked
+    logging.getLogger(__name__).info(
+        "%d kills: %d replies were on their way and asked for again", kills, lost.total()
+    )

@@ -1,0 +1,134 @@
+"""Rows of every kind of file, one batch at a time."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ip2p_ray import files
+from ip2p_ray.errors import DatasetError
+
+ROWS = [
+    {"caption": "a cat", "url": "u1"},
+    {"caption": 'a "big" dog,\nasleep', "url": None},
+    {"caption": "l'\u00e9t\u00e9\u2028fin", "url": "u3"},
+]
+
+
+def write(path, text, encoding="utf-8"):
+    data = text.encode(encoding)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def write_parquet(path, rows=ROWS):
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    return path
+
+
+def write_json_lines(path, rows=ROWS):
+    return write(path, "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz", "A.JSONL"])
+def test_json_lines(tmp_path, name):
+    path = write_json_lines(tmp_path / name)
+    assert list(files.read_rows(path)) == ROWS
+    assert [number for number, _ in files.read_numbered(path)] == [1, 3, 5]
+    assert files.columns(path) == ["caption", "url"]
+
+
+def test_parquet_reads_only_what_is_asked_for(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet")
+    assert files.columns(path) == ["caption", "url"]
+    assert list(files.read_rows(path, ["caption", "url"])) == ROWS
+    assert list(files.read_numbered(path, ["url"])) == [
+        (number, {"url": row["url"]}) for number, row in enumerate(ROWS, start=1)
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_csv_knows_quotes_and_line_breaks_in_them(tmp_path, name):
+    text = '\ufeffcaption,url\r\na cat,u1\r\n"a ""big"" dog,\nasleep",\r\n'
+    path = write(tmp_path / name, text)
+    assert files.columns(path) == ["caption", "url"]
+    assert list(files.read_numbered(path)) == [
+        (2, {"caption": "a cat", "url": "u1"}),
+        (4, {"caption": 'a "big" dog,\nasleep', "url": ""}),
+    ]
+
+
+def test_tsv_takes_quotation_marks_as_they_are(tmp_path):
+    path = write(tmp_path / "a.tsv", 'caption\turl\na 6" pipe\tu1\n"so\tu2\n')
+    assert [row["caption"] for row in files.read_rows(path)] == ['a 6" pipe', '"so']
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_text_has_a_row_a_line(tmp_path, name):
+    path = write(tmp_path / name, "\ufeffa cat\r\n\n  \na\u2028dog\n")
+    assert list(files.read_numbered(path)) == [
+        (1, {files.TEXT: "a cat"}),
+        (4, {files.TEXT: "a\u2028dog"}),
+    ]
+    assert files.columns(path) == [files.TEXT]
+
+
+def test_bare_strings_are_texts(tmp_path):
+    path = write(tmp_path / "a.jsonl", '"a cat"\n"a dog"\n')
+    assert list(files.read_rows(path)) == [{"text": "a cat"}, {"text": "a dog"}]
+    assert files.columns(path) == [files.TEXT]
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.csv"):
+        path = write(tmp_path / name, "")
+        assert list(files.read_rows(path)) == []
+        assert files.columns(path) in ([], [files.TEXT])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "told"),
+    [
+        ("a.jsonl", b'"fine"\n{', r"a\.jsonl:2: not a line of JSON"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not a line of JSON"),
+        ("a.jsonl", b"7", r"a\.jsonl:1: neither an object nor a text: 7"),
+        ("a.txt", b"\xff\xfe\xfa", r"a\.txt cannot be read"),
+        ("a.csv", b"caption\n\xff", r"a\.csv cannot be read"),
+        ("a.csv", b"caption\n" + b"x" * 200_000, r"a\.csv cannot be read.*field limit"),
+        ("a.parquet", b"PAR1 no more", r"a\.parquet cannot be read"),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz cannot be read"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-12], r"a\.txt\.gz cannot be read"),
+        ("a.docx", b"", r"a\.docx is of no known kind; known are \.parquet, \.jsonl"),
+        ("a.parquet.gz", b"", r"a\.parquet\.gz is of no known kind"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, data, told):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=told):
+        list(files.read_rows(path))
+
+
+def test_a_folder_stands_for_its_files(tmp_path):
+    (tmp_path / "b").mkdir()
+    names = ["b/2.parquet", "1.jsonl", "b/10.txt.gz", "_manifest.txt", ".hidden.txt", "README.md"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    found = files.files_of([tmp_path])
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == [
+        "1.jsonl",
+        "b/10.txt.gz",
+        "b/2.parquet",
+    ]
+
+
+def test_paths_that_hold_nothing_are_named(tmp_path):
+    with pytest.raises(DatasetError, match=r"none\.txt cannot be read: there is no such file"):
+        files.files_of([tmp_path / "none.txt"])
+    with pytest.raises(DatasetError, match="holds no file of"):
+        files.files_of([tmp_path])
+    (tmp_path / "a.pdf").write_bytes(b"")
+    with pytest.raises(DatasetError, match="no known kind"):
+        files.files_of([tmp_path / "a.pdf"])
