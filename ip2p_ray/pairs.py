@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from ip2p_ray.diffusion.noise import Spacing, row_generators, row_noise
 from ip2p_ray.diffusion.sample import Sampler, check_sampler, sample
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.filtering import Thresholds
-from ip2p_ray.images import to_uint8
+from ip2p_ray.images import ImageFormat, to_uint8
 from ip2p_ray.prompt_to_prompt.alignment import tokenize_caption
 from ip2p_ray.prompt_to_prompt.control import (
     CrossControl,
@@ -60,8 +60,8 @@ class PairConfig:
     """At most so many candidates of a triplet become pairs."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     """Similarities that a pair must reach."""
-    image_format: Literal["png"] = "png"
-    """How pictures are stored."""
+    image_format: ImageFormat = "png"
+    """How pictures are stored; they are judged before."""
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler)
@@ -76,6 +76,8 @@ class PairConfig:
             raise ConfigError(f"self_replace must lie in [0, 1], got {self.self_replace}")
         if self.cross_replace is not None and not 0 <= self.cross_replace <= 1:
             raise ConfigError(f"cross_replace must lie in [0, 1], got {self.cross_replace}")
+        if self.image_format not in get_args(ImageFormat):
+            raise ConfigError(f"image_format is png or jpeg, got {self.image_format!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +140,19 @@ def generate_candidates(
     config: PairConfig,
     *,
     controls: Sequence[PairControl] | None = None,
+    decode_batch: int | None = None,
 ) -> tuple[Pictures, Pictures]:
     """Source and edited pictures of the requests, each uint8 (request, height, width, 3).
 
     One batch of four rows a request, whatever their captions, seeds and settings. `controls`
-    replaces what `pair_controls` says of them.
+    replaces what `pair_controls` says of them. `decode_batch` pictures, by default all, are decoded
+    at a time.
     """
     with torch.inference_mode():
         latents = candidate_latents(model, requests, config, controls=controls)
-        source, edited = latents.chunk(2)
-        return to_uint8(model.decode(source)), to_uint8(model.decode(edited))
+        parts = torch.split(latents, decode_batch or len(latents))
+        pictures = np.concatenate([to_uint8(model.decode(part)) for part in parts])
+        return pictures[: len(requests)], pictures[len(requests) :]
 
 
 @torch.inference_mode()
