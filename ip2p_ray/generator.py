@@ -135,7 +135,7 @@ class Generator:
             try:
                 source, edited = self._made(part, config)
             except torch.OutOfMemoryError as error:
-                self._halve(error)
+                self._halve(self._batch_size if self._holding.compile else len(part), error)
                 continue
             yield Batch(part, source, edited, time.monotonic() - began)
             done += len(part)
@@ -151,20 +151,20 @@ class Generator:
         )
         return source[: len(requests)], edited[: len(requests)]
 
-    def _halve(self, error: torch.OutOfMemoryError) -> None:
-        if self._batch_size == 1:
+    def _halve(self, tried: int, error: torch.OutOfMemoryError) -> None:
+        if tried == 1:
             have = free_bytes(self._model.device)
             raise ModelError(
                 f"not even one candidate fits: the weights hold {_gib(_bytes(self._model))}, "
                 f"{_gib(have)} are free on {self._model.device} and more is needed "
                 f"({str(error).splitlines()[0]}); give a lower resolution or dtype"
             ) from error
-        self._batch_size //= 2
+        self._batch_size = tried // 2
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(
             "generator: %d candidates at a time do not fit on %s, goes on with %d",
-            2 * self._batch_size,
+            tried,
             self._model.device,
             self._batch_size,
         )

@@ -73,8 +73,11 @@ def exploded(shard: str, *, images: bool = True, only: Sequence[str] | None = No
     names = [name for name in _CANDIDATE if images or name not in _IMAGES]
     triplet = [name for name in CANDIDATES.names if name != "candidates"]
     nested = [f"candidates.list.element.{name}" for name in names]
-    filters = None if only is None else pc.field("triplet_key").isin(only)
-    table = pq.read_table(shard, columns=[*triplet, *nested], filters=filters)
+    if only is None:
+        with pq.ParquetFile(storage.local_path(shard)) as file:
+            table = file.read(columns=[*triplet, *nested])
+    else:
+        table = pq.read_table(shard, filters=pc.field("triplet_key").isin(only))
     lists = table["candidates"].combine_chunks()
     flat = pc.list_flatten(lists)
     found = table.select(triplet).take(pc.list_parent_indices(lists))

@@ -16,10 +16,9 @@ from ip2p_ray.clip import Clip
 from ip2p_ray.generator import Generator, GeneratorWeights, Holding
 from ip2p_ray.images import encode_image, to_pil
 from ip2p_ray.pairs import CandidateRequest, PairConfig, Pictures, candidate_requests
-from ip2p_ray.report import duration
+from ip2p_ray.report import duration, size
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.pairs import Making
-from ip2p_ray.stages.queue import fill_queue
 
 SHORT_S = 20.0
 """A batch that takes longer is measured over a few of its steps."""
@@ -64,7 +63,7 @@ class Forecast:
     def lines(self) -> list[str]:
         """The plan, for people."""
         of = f"{_FEW_STEPS} to {_MORE_STEPS} steps" if self.extrapolated else "a batch"
-        stored = 2 * self.pairs * self.pair_bytes / 1e9
+        stored = size(2 * self.pairs * self.pair_bytes)
         return [
             f"plan: {self.triplets:,} triplets, {self.candidates:,} candidates, "
             f"at most {self.pairs:,} pairs",
@@ -73,8 +72,8 @@ class Forecast:
             f"plan: {duration(3600 * self.device_hours)} of a device in all; with "
             f"{self.generators} of them and {self.judges} to judge "
             f"{duration(3600 * self.hours)}, beside loading the models",
-            f"plan: at most {stored:.3g} GB of pictures, {self.pair_bytes / 1e3:.3g} kB a pair in "
-            "candidates and again in pairs"
+            f"plan: at most {stored} of pictures, {size(self.pair_bytes)} a pair in candidates and "
+            "again in pairs"
             + ("; pictures of so few steps are larger than finished ones" * self.extrapolated),
         ]
 
@@ -100,10 +99,7 @@ def forecast_of(triplets: str, folder: str, config: PairConfig, making: Making) 
         DatasetError: the triplets are not whole.
         StageError: too many of them are unusable.
     """
-    queue = fill_queue(
-        triplets, folder, limit=making.limit, max_reject_share=making.max_reject_share
-    )
-    count = queue.rows
+    count = making.fill_queue(triplets, folder).rows
     generators, judges = making.generators, making.judges
     requests = _requests(storage.join(folder, "queue"), config, making.holding.batch_size)
     made: Measured = _in_task(

@@ -31,7 +31,7 @@ from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.compaction import compact
 from ip2p_ray.stages.explosion import explode
 from ip2p_ray.stages.pairs_page import shown_below, write_page
-from ip2p_ray.stages.queue import fill_queue
+from ip2p_ray.stages.queue import PART_TRIPLETS, fill_queue
 
 BLOCKS = ".blocks"
 """Folder, in that of a part, of the shards that the plan writes, each of one batch's triplets."""
@@ -56,6 +56,18 @@ class Making:
     """Share of triplets, in [0, 1], that may be unusable; above it the stage fails."""
     limit: int | None = None
     """Most triplets that are used, drawn from all; None is all."""
+    part_triplets: int = PART_TRIPLETS
+    """Triplets of a part."""
+
+    def fill_queue(self, triplets: str, folder: str) -> storage.Manifest:
+        """The dataset `<folder>/queue` of the triplets that are used."""
+        return fill_queue(
+            triplets,
+            folder,
+            limit=self.limit,
+            max_reject_share=self.max_reject_share,
+            part_triplets=self.part_triplets,
+        )
 
 
 class GenerateCandidates:
@@ -166,9 +178,7 @@ def generate_pairs(
         DatasetError: the triplets are not whole, or something made otherwise is in the folder.
         StageError: too many triplets are unusable, or no candidate was accepted; says why.
     """
-    queue = fill_queue(
-        triplets, folder, limit=making.limit, max_reject_share=making.max_reject_share
-    )
+    queue = making.fill_queue(triplets, folder)
     makers = {role: models[role] for role in ("generator", "judge")}
     origin = run.Origin(
         dataset="candidates",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,12 @@ _TEXTS = ("caption", "instruction", "edited_caption")
 
 
 def fill_queue(
-    triplets: str, folder: str, *, limit: int | None = None, max_reject_share: float = 1.0
+    triplets: str,
+    folder: str,
+    *,
+    limit: int | None = None,
+    max_reject_share: float = 1.0,
+    part_triplets: int = PART_TRIPLETS,
 ) -> storage.Manifest:
     """The dataset `<folder>/queue`, TRIPLETS, and `<folder>/rejects/queue`.
 
@@ -42,7 +48,7 @@ def fill_queue(
     queue, rejects = storage.join(folder, "queue"), storage.join(folder, "rejects", "queue")
     origin = run.Origin(
         dataset="queue",
-        config={"limit": limit, "part": PART_TRIPLETS},
+        config={"limit": limit, "part_triplets": part_triplets},
         sources={"triplets": storage.read_manifest(triplets).recipe},
     )
 
@@ -51,7 +57,7 @@ def fill_queue(
         reasons = _reasons(triplets, limit)
         report = Report.count("queue", reasons, time.monotonic() - began)
         _judge(report, triplets, max_reject_share)
-        _write(triplets, reasons, queue)
+        _write(triplets, reasons, queue, part_triplets)
         return [report]
 
     def reject() -> list[Report]:
@@ -59,7 +65,7 @@ def fill_queue(
         return []
 
     made = run.make(queue, origin, fill)
-    run.make(rejects, origin, reject)
+    run.make(rejects, replace(origin, dataset="rejects"), reject)
     return made
 
 
@@ -67,12 +73,16 @@ def _rows(triplets: str) -> Iterator[dict[str, Any]]:
     for shard in plan.shards(triplets):
         try:
             with pq.ParquetFile(storage.local_path(shard)) as file:
+                missing = set(TRIPLETS.names) - set(file.schema_arrow.names)
+                if missing:
+                    raise DatasetError(
+                        f"shard {shard} holds no triplets: it lacks {', '.join(sorted(missing))}; "
+                        "jobs/collect_captions.py makes triplets of prompt files"
+                    )
                 for batch in file.iter_batches(4096, columns=TRIPLETS.names):
-                    if batch.schema.names != TRIPLETS.names:
-                        batch = batch.select(TRIPLETS.names)
                     yield from batch.to_pylist()
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise DatasetError(f"shard {shard} holds no triplets: {error}") from error
+        except (OSError, pa.ArrowException) as error:
+            raise DatasetError(f"shard {shard} cannot be read: {error}") from error
 
 
 def _reasons(triplets: str, limit: int | None) -> list[str | None]:
@@ -111,7 +121,7 @@ def _judge(report: Report, triplets: str, max_reject_share: float) -> None:
         )
 
 
-def _write(triplets: str, reasons: list[str | None], queue: str) -> None:
+def _write(triplets: str, reasons: list[str | None], queue: str, part_triplets: int) -> None:
     clear(queue)
     part: list[dict[str, Any]] = []
     number = 0
@@ -121,7 +131,7 @@ def _write(triplets: str, reasons: list[str | None], queue: str) -> None:
             continue
         part.append(row)
         left -= 1
-        if len(part) == PART_TRIPLETS or not left:
+        if len(part) == part_triplets or not left:
             table = pa.Table.from_pylist(part, schema=TRIPLETS).sort_by("triplet_key")
             storage.write_shard(queue, f"part-{number:05d}", table)
             part, number = [], number + 1
