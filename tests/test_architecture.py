@@ -21,7 +21,7 @@ LINES = (
     {"candidates", "pairs", "filtering", "search", "latents", "training", "checkpoint"},
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},
-    {"storage"},
+    {"storage", "benchmark"},
     {"stages"},
     {"jobs", "serve"},
 )

@@ -15,7 +15,7 @@ class SearchConfig:
 
     stop_early: float | None = None
     """Stop once a better pair than the worst kept one is less probable than this, in (0, 1)."""
-    stop_margin: float = 0.01
+    stop_margin: float = 0.02
     """Cosine by which a better one is to be better; else chance always finds one more."""
     give_up: float | None = None
     """Stop once any further accepted candidate is less probable than this, in (0, 1)."""
