@@ -18,10 +18,13 @@ LINES = (
         *("files", "distinct", "language"),
     },
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
-    {"pairs", "generator", "filtering", "latents", "training", "checkpoint"},
+    {
+        *("candidates", "pairs", "generator", "filtering", "search"),
+        *("latents", "training", "checkpoint"),
+    },
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},
-    {"storage"},
+    {"storage", "benchmark"},
     {"stages"},
     {"jobs", "serve"},
 )
