@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
 
+from ip2p_ray.clip import Clip
 from ip2p_ray.diffusion.folder import read_vae
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, ModelError
 from ip2p_ray.pairs import CandidateRequest, PairConfig, Pictures, generate_candidates
+from ip2p_ray.search.generator import search
+from ip2p_ray.search.options import SearchConfig
+from ip2p_ray.search.triplet import Searched
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +143,33 @@ class Generator:
                 continue
             yield Batch(part, source, edited, time.monotonic() - began)
             done += len(part)
+
+    def search(
+        self,
+        clip: Clip,
+        triplets: Sequence[Mapping[str, Any]],
+        config: PairConfig,
+        options: SearchConfig,
+        recipe: str,
+    ) -> Iterator[Searched]:
+        """What `search.generator.search` yields, in batches that fit; see `make`.
+
+        Triplets whose search had not ended when a batch did not fit are searched anew.
+
+        Raises:
+            ModelError: not even one candidate fits.
+        """
+        left = {row["triplet_key"]: row for row in triplets}
+        while left:
+            tried = self._batch_size
+            try:
+                for found in search(
+                    self._model, clip, [*left.values()], config, options, recipe, batch_size=tried
+                ):
+                    del left[found.triplet["triplet_key"]]
+                    yield found
+            except torch.OutOfMemoryError as error:
+                self._halve(tried, error)
 
     def _made(
         self, requests: Sequence[CandidateRequest], config: PairConfig

@@ -72,7 +72,7 @@ CANDIDATES = pa.schema(
     [
         *TRIPLETS,
         ("recipe", pa.string()),  # recipe() of the pair config and the models
-        ("status", pa.string()),  # "ok", or the reason why the whole triplet failed
+        ("status", pa.string()),  # "ok", or why it has fewer candidates: "enough", "futile"
         ("seconds", pa.float32()),  # that the generator's device was busy with the triplet
         (
             "candidates",

@@ -30,6 +30,12 @@ OF_THE_PAIRS = (
 )
 """Flags that take the place of what the preset has in its PairConfig."""
 
+OF_THE_SEARCH = (
+    *("stop_early", "stop_margin", "give_up", "acceptance_prior", "decide_every"),
+    *("share_source", "prune_at", "prune_text", "prune_image", "prune_direction"),
+)
+"""Flags of what is spared, those of SearchConfig."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratePairs:
@@ -96,19 +102,46 @@ class GeneratePairs:
     compile: bool = False
     """Compile the UNet for the batch size."""
     judge_actors: int = 1
-    """Processes that judge."""
+    """Processes that judge; 0 judges in the processes that generate, as any option below wants it:
+    then pictures of rejects go nowhere."""
     judge_gpus: float = 0.0
     """GPUs of each of them, a fraction where they share one."""
     judge_batch: int = 32
     """Candidates that each of them judges at a time."""
+    stop_early: float | None = None
+    """End a triplet once a better pair than its worst kept one is less probable than this."""
+    stop_margin: float | None = None
+    """Cosine by which it would have to be better, by default 0.02."""
+    give_up: float | None = None
+    """End a triplet once any further pair is less probable than this."""
+    acceptance_prior: tuple[float, float] | None = None
+    """Beta prior of the share of accepted candidates, by default 0.5 0.5."""
+    decide_every: int | None = None
+    """Candidates of a triplet between two decisions to end it, by default 8."""
+    share_source: int | None = None
+    """Make one source picture for so many candidates, which differ in self_replace only."""
+    prune_at: float | None = None
+    """Judge candidates after this fraction of their steps and drop the hopeless."""
+    prune_text: float | None = None
+    """Cosine below the text threshold that is hopeless then, by default 0.1."""
+    prune_image: float | None = None
+    """The same below the image threshold."""
+    prune_direction: float | None = None
+    """The same below the direction threshold."""
 
     def __post_init__(self) -> None:
-        for name in ("actors", "judge_actors", "batch_size", "judge_batch", "decode_batch"):
+        for name in ("actors", "batch_size", "judge_batch", "decode_batch"):
             _at_least_1(name, getattr(self, name))
         for name in ("limit", "candidates", "steps", "keep", "resolution"):
             _at_least_1(name, getattr(self, name))
         if self.most_actors is not None and self.most_actors < self.actors:
             raise ValueError("--most-actors is at least --actors")
+        if self.judge_actors < 0:
+            raise ValueError("--judge-actors is not negative")
+        options = [name for name in OF_THE_SEARCH if getattr(self, name) is not None]
+        if self.judge_actors and options:
+            flag = f"--{options[0].replace('_', '-')}"
+            raise ValueError(f"{flag} needs --judge-actors 0: what is spared, the judge decides")
         if self.gpus < 0 or self.judge_gpus < 0 or self.cpus < 0:
             raise ValueError("--gpus, --judge-gpus and --cpus are not negative")
         if not 0 <= self.max_reject_share <= 1:
@@ -157,6 +190,7 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
 
     from ip2p_ray import presets
     from ip2p_ray.generator import GeneratorWeights, Holding
+    from ip2p_ray.search.options import SearchConfig
     from ip2p_ray.stages.pairs import Making
     from ip2p_ray.stages.run import Resources
 
@@ -167,6 +201,9 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
         preset.pairs,
         thresholds=replace(preset.pairs.thresholds, **_given(limits)),
         **_given(flags),
+    )
+    judges = Resources(
+        actors=max(1, job.judge_actors), gpus=job.judge_gpus, batch_size=job.judge_batch
     )
     making = Making(
         generator=GeneratorWeights(
@@ -183,7 +220,8 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
         generators=Resources(
             actors=job.actors, most_actors=job.most_actors, gpus=job.gpus, cpus=job.cpus
         ),
-        judges=Resources(actors=job.judge_actors, gpus=job.judge_gpus, batch_size=job.judge_batch),
+        judges=judges if job.judge_actors else None,
+        options=SearchConfig(**_given({name: getattr(job, name) for name in OF_THE_SEARCH})),
         limit=job.limit,
         max_reject_share=job.max_reject_share,
     )

@@ -12,6 +12,7 @@ from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, ModelError
 from ip2p_ray.generator import Generator, GeneratorWeights, Holding
 from ip2p_ray.pairs import PairConfig, candidate_requests
+from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.testing import tiny_stable_diffusion
 
 CONFIG = PairConfig(resolution=32, steps=2, candidates=5, sampler="euler_ancestral")
@@ -173,3 +174,32 @@ def test_sizes_are_at_least_one(wrong):
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ConfigError, match="float32, bfloat16, float16, got 'int8'"):
         replace(GeneratorWeights(source="s"), dtype="int8")
+
+
+def test_a_search_that_does_not_fit_goes_on_with_half(model, tmp_path):
+    from ip2p_ray.clip import Clip
+    from ip2p_ray.miniature.tiny import tiny_miniature
+
+    judge = Clip.load(tiny_miniature(tmp_path / "tiny") / "judge")
+    cramped = Cramped(**vars(model))
+    cramped.rows = 8
+    rows = [
+        {"triplet_key": letter * 32, "caption": f"a {letter} cat", "edited_caption": "a dog"}
+        for letter in "abc"
+    ]
+    options = SearchConfig()
+    found = {
+        size: {
+            one.triplet["triplet_key"]: one
+            for one in Generator(held, Holding(batch_size=size)).search(
+                judge, rows, CONFIG, options, "recipe"
+            )
+        }
+        for size, held in ((8, cramped), (2, model))
+    }
+    assert found[8].keys() == found[2].keys() == {row["triplet_key"] for row in rows}
+    for key, one in found[8].items():
+        other = found[2][key]
+        assert [c.request for c in one.candidates] == [c.request for c in other.candidates]
+        for left, right in zip(one.candidates, other.candidates, strict=True):
+            assert left.similarities == pytest.approx(right.similarities, abs=1e-3)

@@ -17,6 +17,7 @@ from ip2p_ray.generator import Generator, GeneratorWeights, Holding
 from ip2p_ray.images import encode_image, to_pil
 from ip2p_ray.pairs import CandidateRequest, PairConfig, Pictures, candidate_requests
 from ip2p_ray.report import duration, size
+from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.pairs import Making
 
@@ -48,6 +49,8 @@ class Forecast:
     """Of both pictures of a pair as they are stored."""
     extrapolated: bool
     """Whether only a few steps of a batch were made."""
+    spared: bool
+    """Whether an option is on, which may make fewer or cheaper candidates."""
 
     @property
     def device_hours(self) -> float:
@@ -75,6 +78,7 @@ class Forecast:
             f"plan: at most {stored} of pictures, {size(self.pair_bytes)} a pair in candidates and "
             "again in pairs"
             + ("; pictures of so few steps are larger than finished ones" * self.extrapolated),
+            *(["plan: what the options spare comes off that"] * self.spared),
         ]
 
 
@@ -100,7 +104,9 @@ def forecast_of(triplets: str, folder: str, config: PairConfig, making: Making) 
         StageError: too many of them are unusable.
     """
     count = making.fill_queue(triplets, folder).rows
-    generators, judges = making.generators, making.judges
+    generators = making.generators
+    # where each generator judges, judging comes on top
+    judges = making.judges or replace(generators, batch_size=making.holding.batch_size)
     requests = _requests(storage.join(folder, "queue"), config, making.holding.batch_size)
     made: Measured = _in_task(
         generators, _measure_generator, making.generator, making.holding, requests, config
@@ -119,12 +125,13 @@ def forecast_of(triplets: str, folder: str, config: PairConfig, making: Making) 
         candidates=count * config.candidates,
         pairs=count * min(config.keep, config.candidates),
         batch_size=made.batch_size,
-        generator_seconds=made.seconds,
+        generator_seconds=made.seconds + (judged if making.judges is None else 0.0),
         judge_seconds=judged,
         generators=_room(generators),
-        judges=judges.actors,
+        judges=_room(generators) if making.judges is None else making.judges.actors,
         pair_bytes=2 * float(np.mean(stored)),
         extrapolated=made.extrapolated,
+        spared=making.options != SearchConfig(),
     )
 
 

@@ -22,7 +22,8 @@ import ray
 from ip2p_ray import storage
 from ip2p_ray.pairs import PairConfig
 from ip2p_ray.schema import TRIPLETS
-from ip2p_ray.stages.pairs import GenerateCandidates, JudgeCandidates, Making, generate_pairs
+from ip2p_ray.stages.pair_actors import GenerateCandidates, JudgeCandidates
+from ip2p_ray.stages.pairs import Making, generate_pairs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,37 +11,31 @@ so few blocks that the driver's memory does not grow with the number of triplets
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from ip2p_ray import storage
 from ip2p_ray.atomic import remove_folder
-from ip2p_ray.clip import Clip
-from ip2p_ray.filtering import select
-from ip2p_ray.generator import Batch, Generator, GeneratorWeights, Holding
-from ip2p_ray.images import decode_image, encode_image, encode_png, to_pil
-from ip2p_ray.pairs import CandidateRequest, PairConfig, Pictures, candidate_requests
+from ip2p_ray.errors import ConfigError
+from ip2p_ray.generator import GeneratorWeights, Holding
+from ip2p_ray.pairs import PairConfig
 from ip2p_ray.report import Report
-from ip2p_ray.schema import CANDIDATES, TRIPLETS, recipe
+from ip2p_ray.schema import CANDIDATES
+from ip2p_ray.search.options import SearchConfig, search_recipe
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.compaction import compact
 from ip2p_ray.stages.explosion import explode
+from ip2p_ray.stages.pair_actors import GenerateCandidates, JudgeCandidates, SearchCandidates
 from ip2p_ray.stages.pairs_page import shown_below, write_page
 from ip2p_ray.stages.queue import PART_TRIPLETS, fill_queue
 
 BLOCKS = ".blocks"
 """Folder, in that of a part, of the shards that the plan writes, each of one batch's triplets."""
 
-_TRANSPORT_LEVEL = 1  # PNG on its way to the judge; what is kept is packed closer
-
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """Who makes and judges candidates; no field changes what comes out beyond rounding."""
+    """Who makes and judges candidates; only `options` and `limit` change what comes out."""
 
     generator: GeneratorWeights
     judge: str
@@ -50,14 +44,23 @@ class Making:
     """How each generator is held."""
     generators: run.Resources = field(default_factory=run.Resources)
     """Their actors; `batch_size` is not read, the holding has it."""
-    judges: run.Resources = field(default_factory=lambda: run.Resources(batch_size=32))
-    """Theirs; `batch_size` counts candidates."""
+    judges: run.Resources | None = field(default_factory=lambda: run.Resources(batch_size=32))
+    """Theirs, `batch_size` counting candidates; None judges where the pictures are made."""
+    options: SearchConfig = field(default_factory=SearchConfig)
+    """What is spared on the way; these do change what comes out, and are in the recipe."""
     max_reject_share: float = 0.05
     """Share of triplets, in [0, 1], that may be unusable; above it the stage fails."""
     limit: int | None = None
     """Most triplets that are used, drawn from all; None is all."""
     part_triplets: int = PART_TRIPLETS
     """Triplets of a part."""
+
+    def __post_init__(self) -> None:
+        if self.judges is not None and self.options != SearchConfig():
+            raise ConfigError(
+                "what is spared is decided by the judge, which then has to be where the pictures "
+                "are made: judges must be None with any option"
+            )
 
     def fill_queue(self, triplets: str, folder: str) -> storage.Manifest:
         """The dataset `<folder>/queue` of the triplets that are used."""
@@ -68,96 +71,6 @@ class Making:
             max_reject_share=self.max_reject_share,
             part_triplets=self.part_triplets,
         )
-
-
-class GenerateCandidates:
-    """An actor of the plan: rows of TRIPLETS in, rows of CANDIDATES that nobody has judged out."""
-
-    def __init__(
-        self, weights: GeneratorWeights, holding: Holding, config: PairConfig, recipe: str
-    ) -> None:
-        self._generator = Generator(weights.load(holding.device), holding)
-        self._config, self._recipe = config, recipe
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """A table for each triplet of the batch, as soon as its last candidate is made."""
-        rows = batch.select(TRIPLETS.names).to_pylist()
-        requests = [request for row in rows for request in self._requests(row)]
-        waiting: list[dict[str, Any]] = []
-        each = self._config.candidates
-        for made in self._generator.make(requests, self._config):
-            waiting += _candidates(made)
-            while len(waiting) >= each:
-                row, own, waiting = rows.pop(0), waiting[:each], waiting[each:]
-                seconds = sum(candidate.pop("seconds") for candidate in own)
-                row.update(recipe=self._recipe, status="ok", candidates=own, seconds=seconds)
-                yield pa.Table.from_pylist([row], schema=CANDIDATES)
-
-    def _requests(self, row: Mapping[str, Any]) -> list[CandidateRequest]:
-        texts = (row["triplet_key"], row["caption"], row["edited_caption"])
-        return candidate_requests(*texts, self._config, self._recipe)
-
-
-def _candidates(made: Batch) -> list[dict[str, Any]]:
-    return [
-        {
-            "index": request.index,
-            "seed": request.seed,
-            "self_replace": request.self_replace,
-            "guidance_scale": request.guidance_scale,
-            "source_image": _transported(made.source[row]),
-            "edited_image": _transported(made.edited[row]),
-            "seconds": made.seconds / len(made.requests),
-        }
-        for row, request in enumerate(made.requests)
-    ]
-
-
-class JudgeCandidates:
-    """An actor of the plan: adds similarities and reasons, and drops the images of rejects."""
-
-    def __init__(
-        self,
-        judge: str,
-        config: PairConfig,
-        device: str = "cpu",
-        batch_size: int = 32,
-        shown_below: str = "",
-    ) -> None:
-        self._clip = Clip.load(judge, device)
-        self._config, self._batch_size, self._shown_below = config, batch_size, shown_below
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """A table for each triplet of the batch."""
-        for row in batch.to_pylist():
-            self._judge(row)
-            yield pa.Table.from_pylist([row], schema=CANDIDATES)
-
-    def _judge(self, row: dict[str, Any]) -> None:
-        candidates = row["candidates"]
-        for start in range(0, len(candidates), self._batch_size):
-            self._score(row, candidates[start : start + self._batch_size])
-        reasons = select(candidates, self._config.thresholds, self._config.keep)
-        shown = row["triplet_key"] < self._shown_below
-        for candidate, reason in zip(candidates, reasons, strict=True):
-            candidate["reason"] = reason
-            for name in ("source_image", "edited_image"):
-                candidate[name] = self._stored(candidate[name]) if reason is None or shown else None
-
-    def _score(self, row: Mapping[str, Any], candidates: list[dict[str, Any]]) -> None:
-        source, edited = (
-            np.stack([np.asarray(decode_image(c[name]["bytes"])) for c in candidates])
-            for name in ("source_image", "edited_image")
-        )
-        captions = [row["caption"]] * len(candidates)
-        edited_captions = [row["edited_caption"]] * len(candidates)
-        scores = self._clip.similarities(source, edited, captions, edited_captions).rows()
-        for candidate, values in zip(candidates, scores, strict=True):
-            candidate.update(values)
-
-    def _stored(self, image: Mapping[str, Any]) -> dict[str, Any]:
-        picture = decode_image(image["bytes"])
-        return {"bytes": encode_image(picture, self._config.image_format), "path": None}
 
 
 def generate_pairs(
@@ -180,13 +93,15 @@ def generate_pairs(
     """
     queue = making.fill_queue(triplets, folder)
     makers = {role: models[role] for role in ("generator", "judge")}
+    options = making.options
+    spared = {} if options == SearchConfig() else {"search": asdict(options)}
     origin = run.Origin(
         dataset="candidates",
-        config=asdict(config),
+        config={**asdict(config), **spared},
         models=makers,
         sources={"queue": queue.recipe},
     )
-    name = recipe(config, *makers.values())
+    name = search_recipe(config, options, *makers.values())
     steps = _steps(
         config, making, name, queue.rows, actors or (GenerateCandidates, JudgeCandidates)
     )
@@ -238,6 +153,8 @@ def _steps(
 ) -> list[plan.Step]:
     # What an actor makes at a time, and so what a kill can cost it.
     rows = max(1, making.holding.batch_size // config.candidates)
+    if making.judges is None:
+        return [_search_step(config, making, recipe, rows)]
     return [
         plan.Step(
             callable=actors[0],
@@ -263,5 +180,18 @@ def _steps(
     ]
 
 
-def _transported(array: Pictures) -> dict[str, Any]:
-    return {"bytes": encode_png(to_pil(array), level=_TRANSPORT_LEVEL), "path": None}
+def _search_step(config: PairConfig, making: Making, recipe: str, rows: int) -> plan.Step:
+    if making.options.decides:  # so many that those which go on fill batches
+        rows = max(rows, 2 * making.holding.batch_size // making.options.decide_every)
+    return plan.Step(
+        callable=SearchCandidates,
+        arguments={
+            "weights": making.generator,
+            "holding": making.holding,
+            "judge": making.judge,
+            "config": config,
+            "options": making.options,
+            "recipe": recipe,
+        },
+        resources=replace(making.generators, batch_size=rows),
+    )

@@ -46,7 +46,7 @@ class Sleep(GeneratorWeights):
 
 
 class SleepingGenerator:
-    """In place of stages.pairs.GenerateCandidates."""
+    """In place of stages.pair_actors.GenerateCandidates."""
 
     def __init__(self, *, weights: Sleep, config: PairConfig, recipe: str, **_: Any) -> None:
         self._weights, self._config, self._recipe = weights, config, recipe
@@ -84,7 +84,7 @@ class SleepingGenerator:
 
 
 class DrawingJudge:
-    """In place of stages.pairs.JudgeCandidates: similarities come from the seeds."""
+    """In place of stages.pair_actors.JudgeCandidates: similarities come from the seeds."""
 
     def __init__(self, *, config: PairConfig, **_: Any) -> None:
         self._config = config

@@ -21,7 +21,9 @@ FLAGS = {
     *("--guidance-scale", "--cross-replace", "--keep", "--image-format", "--text", "--image"),
     *("--direction", "--limit", "--max-reject-share", "--actors", "--most-actors", "--gpus"),
     *("--cpus", "--batch-size", "--decode-batch", "--channels-last", "--compile"),
-    *("--judge-actors", "--judge-gpus", "--judge-batch"),
+    *("--judge-actors", "--judge-gpus", "--judge-batch", "--stop-early", "--stop-margin"),
+    *("--give-up", "--acceptance-prior", "--decide-every", "--share-source", "--prune-at"),
+    *("--prune-text", "--prune-image", "--prune-direction"),
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
 
@@ -50,6 +52,7 @@ def test_the_flags_are_those_that_were_promised():
         (["--triplets", "t", "--actors", "0"], "--actors is at least 1"),
         (["--triplets", "t", "--actors", "3", "--most-actors", "2"], "--most-actors is at least"),
         (["--triplets", "t", "--max-reject-share", "1.5"], "--max-reject-share lies in [0, 1]"),
+        (["--triplets", "t", "--give-up", "0.1"], "--give-up needs --judge-actors 0"),
         (["--triplets", "s3://bucket/t"], "only local datasets can be read"),
         (["--triplets", "t", "--sampler", "heun"], "--sampler"),
         (["--triplets", "t", "--candidats", "3"], "--candidats"),

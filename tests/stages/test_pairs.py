@@ -19,7 +19,7 @@ from ip2p_ray.schema import (
     pair_key,
     recipe,
 )
-from ip2p_ray.stages import pairs
+from ip2p_ray.stages import pair_actors, pairs
 
 pytestmark = pytest.mark.ray
 
@@ -75,7 +75,7 @@ def test_candidates_do_not_depend_on_their_batch(made, name):
     config = made.preset.pairs
     triplets = storage.read_dataset(made.uri("triplets"), TRIPLETS)
     weights = GeneratorWeights(source=made.preset.generator)
-    actor = pairs.GenerateCandidates(weights, Holding(batch_size=1), config, name)
+    actor = pair_actors.GenerateCandidates(weights, Holding(batch_size=1), config, name)
     stored = {
         row["triplet_key"]: row["candidates"]
         for row in storage.read_dataset(made.uri("candidates"), CANDIDATES).to_pylist()
@@ -94,7 +94,7 @@ def test_candidates_do_not_depend_on_their_batch(made, name):
 def test_the_judge_keeps_the_images_of_kept_candidates_only(made, name):
     rows = storage.read_dataset(made.uri("candidates"), CANDIDATES).slice(0, 1)
     strict = replace(made.preset.pairs, keep=1)
-    (table,) = pairs.JudgeCandidates(made.preset.judge, strict)(rows)
+    (table,) = pair_actors.JudgeCandidates(made.preset.judge, strict)(rows)
     first, second = table.to_pylist()[0]["candidates"]
     kept, dropped = (first, second) if first["reason"] is None else (second, first)
     assert kept["source_image"]["bytes"]
