@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
+from ip2p_ray.clip import Clip
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, ModelError
 from ip2p_ray.generator import Generator, GeneratorWeights, Holding
@@ -176,11 +177,8 @@ def test_an_unknown_dtype_is_refused():
         replace(GeneratorWeights(source="s"), dtype="int8")
 
 
-def test_a_search_that_does_not_fit_goes_on_with_half(model, tmp_path):
-    from ip2p_ray.clip import Clip
-    from ip2p_ray.miniature.tiny import tiny_miniature
-
-    judge = Clip.load(tiny_miniature(tmp_path / "tiny") / "judge")
+def test_a_search_that_does_not_fit_goes_on_with_half(model, tiny_weights):
+    judge = Clip.load(tiny_weights / "judge")
     cramped = Cramped(**vars(model))
     cramped.rows = 8
     rows = [
