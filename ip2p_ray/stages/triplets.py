@@ -24,10 +24,8 @@ from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.captions import Shards
 from ip2p_ray.stages.replies import REPLIES, Asking, ask_replies, fits_openai, origin_of
 from ip2p_ray.triplets.quality import Quality, Tally
-from ip2p_ray.triplets.reply import Triplet, parse_reply
+from ip2p_ray.triplets.reply import DUPLICATE, Triplet, parse_reply
 from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
-
-DUPLICATE = "duplicate_triplet"
 
 _PART_ROWS = 50_000
 
