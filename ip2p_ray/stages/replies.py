@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 import ray
 
 from ip2p_ray import errors, storage
+from ip2p_ray.atomic import remove_folder
 from ip2p_ray.captions import surely_fits
 from ip2p_ray.errors import (
     BudgetError,
@@ -53,6 +55,9 @@ REPLIES = pa.schema(
         ("edited_caption", pa.string()),  # null unless the status is "ok"
     ]
 )
+
+AFTER_TRIPLETS = ("candidates", "scores", "pairs", "latents", "checkpoints", "editor")
+"""What is made of triplets, as it is named in their folder."""
 
 STOPPED = "stopped"
 """Begins the status, "stopped ConfigError", of a caption that was not asked about any more."""
@@ -263,13 +268,37 @@ def drop_unanswered(folder: str) -> int:
     """How many captions of `<folder>/replies` have no reply.
 
     If any has none, that dataset and those made from it are dropped, so that they are asked again.
+
+    Raises:
+        StageError: the folder has what was made of the triplets, which would no longer match.
     """
     replies = storage.join(folder, "replies")
     count = sum(1 for _ in _unfinished(replies))
-    if count:
-        for name in ("triplets", "rejects/triplets", "replies"):
-            shutil.rmtree(storage.local_path(storage.join(folder, name)), ignore_errors=True)
+    if not count:
+        return 0
+    root = storage.local_path(folder)
+    made = [name for name in AFTER_TRIPLETS if (root / name).exists()]
+    if made:
+        raise StageError(
+            f"{count:,} captions have no reply, but asking again would change the triplets that "
+            f"{', '.join(made)} in {folder} were made of: delete these, or copy {folder}/journal "
+            "to another --out and write the triplets there, which asks for nothing that it has"
+        )
+    for name in ("triplets", "rejects/triplets", "replies"):
+        if (root / name).is_dir():
+            remove_folder(root / name)
     return count
+
+
+def unanswered(uri: str) -> str | None:
+    """A digest of which captions of the replies at `uri` have none; None where all have one."""
+    keys = [
+        key
+        for shard in storage.list_shards(uri)
+        for key, status in _columns(shard, "caption_key", "status")
+        if status == NO_REPLY
+    ]
+    return blake2b("\n".join(sorted(keys)).encode(), digest_size=8).hexdigest() if keys else None
 
 
 def origin_of(
@@ -338,12 +367,15 @@ def _require_columns(sources: Sequence[str]) -> None:
 def _unfinished(uri: str) -> Iterator[tuple[str, str]]:
     """(status, what was said) of each row that is not final, in whatever lies there."""
     for shard in storage.list_shards(uri):
-        statuses = pq.read_table(shard, columns=["status"])["status"].to_pylist()
-        if any(_is_open(status) for status in statuses):
-            said = pq.read_table(shard, columns=["reply"])["reply"].to_pylist()
-            for status, text in zip(statuses, said, strict=True):
+        if any(_is_open(status) for (status,) in _columns(shard, "status")):
+            for status, text in _columns(shard, "status", "reply"):
                 if _is_open(status):
                     yield status, text
+
+
+def _columns(shard: str, *names: str) -> Iterator[tuple[str, ...]]:
+    table = pq.read_table(shard, columns=list(names))
+    yield from zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
 def _is_open(status: str) -> bool:

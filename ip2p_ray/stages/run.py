@@ -107,6 +107,16 @@ def local_ray(*, workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def ray_to_make(uri: str, *, workers: int) -> Iterator[None]:
+    """`local_ray` for the block, or nothing where the dataset lies whole already."""
+    if (storage.local_path(uri) / storage.MANIFEST).is_file():
+        yield
+    else:
+        with local_ray(workers=workers):
+            yield
+
+
 def usable_cores() -> int:
     """The cores that this process may use, which can be fewer than the machine has."""
     counted = getattr(os, "process_cpu_count", None)  # from Python 3.13 on

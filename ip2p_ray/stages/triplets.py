@@ -8,7 +8,7 @@ writes them in actors (`write_triplets`); one at an endpoint is asked by `replie
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -22,7 +22,14 @@ from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.captions import Shards
-from ip2p_ray.stages.replies import REPLIES, Asking, ask_replies, fits_openai, origin_of
+from ip2p_ray.stages.replies import (
+    REPLIES,
+    Asking,
+    ask_replies,
+    fits_openai,
+    origin_of,
+    unanswered,
+)
 from ip2p_ray.triplets.quality import Quality, Tally
 from ip2p_ray.triplets.reply import DUPLICATE, Triplet, parse_reply
 from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
@@ -134,6 +141,10 @@ def ask_triplets(
     replies = storage.join(folder, "replies")
     asked = origin_of(captions, config, writer_recipe(config, examples))
     wrote = ask_replies(captions, replies, asked, config, examples=examples, asking=asking)
+    lacking = unanswered(replies)
+    if lacking is not None:
+        # They may be asked again; what was made of these triplets is then not of the new ones.
+        asked = replace(asked, sources={**asked.sources, "unanswered": lacking})
     settings = {**asdict(config), "held_out": held_out}
     return _made(folder, asked, settings, held_out, wrote.wall_seconds)
 

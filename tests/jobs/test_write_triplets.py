@@ -126,6 +126,12 @@ def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(captions, tmp
         assert not server.counts.paid
 
 
+def test_an_endpoint_needs_no_torch_here():
+    code = "import sys, ip2p_ray.stages.triplets; print({'torch', 'diffusers'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert told.stdout == "set()\n", told.stderr
+
+
 @pytest.mark.ray
 def test_a_cap_ends_in_status_3_and_more_of_it_in_0(captions, tmp_path):
     out = tmp_path / "out"
@@ -142,6 +148,11 @@ def test_a_cap_ends_in_status_3_and_more_of_it_in_0(captions, tmp_path):
         assert done.returncode == 0, done.stderr
         assert f"write_triplets: {out / 'triplets'} has 20 rows" in done.stdout
         assert set(server.counts.paid.values()) == {1}
+    # Neither Ray nor the server is needed where all is there: here is none of them.
+    done = run_job(*usual, RAY_ADDRESS="127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    assert "replies: there already, 20 rows" in done.stdout
+    assert f"write_triplets: {out / 'triplets'} has 20 rows" in done.stdout
 
 
 @pytest.mark.ray

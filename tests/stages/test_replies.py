@@ -110,9 +110,16 @@ def test_captions_without_a_reply_are_told_and_asked_again(local_ray, tmp_path):
         assert manifest.rows == 38
         assert manifest.reports[0]["rejected"] == {"no_reply": 2}
         server.behaviour = Behaviour()
+        assert stage.ask().recipe == manifest.recipe
+        (tmp_path / "candidates").mkdir()
+        with pytest.raises(StageError, match=r"2 captions .*triplets that candidates in .*delete"):
+            drop_unanswered(str(tmp_path))
         assert stage.ask().rows == 38
+        (tmp_path / "candidates").rmdir()
         assert drop_unanswered(str(tmp_path)) == 2
-        assert stage.ask().rows == 40
+        again = stage.ask()
+        assert again.rows == 40
+        assert again.recipe != manifest.recipe  # what was made of the old ones elsewhere is told so
         assert drop_unanswered(str(tmp_path)) == 0
         assert set(server.counts.paid.values()) <= {1, 2}  # 2: the server is asked for any other
 
