@@ -18,7 +18,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ip2p_ray import storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.stages import run
-from ip2p_ray.stages.progress import Progress, shown
+from ip2p_ray.stages.progress import HEARTBEAT_S, Progress, shown
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ class Step:
     resources: run.Resources
     blocks: int | None = None
     """Blocks that an actor works on at the same time; only where `__call__` is a coroutine."""
+    counts: bool = False
+    """Whether it counts rows itself, finer than by blocks: its constructor gets a Tally, `tally`.
+    At most one step of a plan does."""
 
 
 def shards(uri: str, prefix: str = "") -> list[str]:
@@ -57,12 +60,14 @@ def stream(
     steps: Sequence[Step],
     unit: str,
     rows_per_block: int,
+    every_s: float = HEARTBEAT_S,
 ) -> None:
     """The rows of the shards `sources`, sent through the steps, as shards of the dataset at `uri`.
 
     One row in, one row out, identified by its column `key`. A killed plan goes on where it
     stopped: at most the blocks that were being worked on are made again, and no row is lost or
-    written twice. The dataset is not whole before `make` writes its manifest.
+    written twice. The dataset is not whole before `make` writes its manifest. How far it is is told
+    every `every_s` seconds.
     """
     rows = count_rows(sources)
     name = Path(uri).name
@@ -76,31 +81,32 @@ def stream(
     context = _context(key, resume)
     if any(step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
-    with counted(progress) as tally, ray.data.DataContext.current(context):
+    with counted(progress, every_s=every_s) as tally, ray.data.DataContext.current(context):
         data: Any = ray.data.read_parquet(
             list(sources), override_num_blocks=blocks, num_cpus=TASK_CPUS
         )
         for step in steps:
-            data = _mapped(data, step, blocks)
-        data = data.map_batches(
-            _count,
-            batch_format="pyarrow",
-            fn_kwargs={"tally": tally},
-            num_cpus=TASK_CPUS,
-            udf_modifying_row_count=False,
-        )
+            data = _mapped(data, step, blocks, {"tally": tally} if step.counts else {})
+        if not any(step.counts for step in steps):
+            data = data.map_batches(
+                _count,
+                batch_format="pyarrow",
+                fn_kwargs={"tally": tally},
+                num_cpus=TASK_CPUS,
+                udf_modifying_row_count=False,
+            )
         data.write_parquet(
             str(storage.local_path(uri)), schema=schema, ray_remote_args={"num_cpus": TASK_CPUS}
         )
     _remove_duplicates(uri, key, rows)
 
 
-def _mapped(data: Any, step: Step, blocks: int) -> Any:
+def _mapped(data: Any, step: Step, blocks: int, counting: Mapping[str, Any]) -> Any:
     resources = step.resources
     options = {"num_gpus": resources.gpus} if resources.gpus else {}
     return data.map_batches(
         step.callable,
-        fn_constructor_kwargs=dict(step.arguments),
+        fn_constructor_kwargs={**step.arguments, **counting},
         batch_size=resources.batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -129,7 +135,7 @@ def _context(key: str, resume: Path) -> Any:
 
 
 @contextmanager
-def counted(progress: Progress) -> Iterator[Any]:
+def counted(progress: Progress, *, every_s: float = HEARTBEAT_S) -> Iterator[Any]:
     """An actor whose `add` advances the progress, which is shown while the block runs."""
     tally = Tally.remote()  # type: ignore[attr-defined]
     before = progress.done
@@ -147,7 +153,7 @@ def counted(progress: Progress) -> Iterator[Any]:
             return progress.done
 
     try:
-        with shown(progress, poll):
+        with shown(progress, poll, every_s=every_s):
             yield tally
     finally:
         ray.kill(tally)

@@ -65,6 +65,7 @@ STOPPED = "stopped"
 _MOST_ROWS = 500
 _BATCHES = 4  # Ray Data runs as many of a block at the same time
 _PATIENCE_S = 60.0
+_HEARTBEAT_S = 60.0  # these runs take hours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,9 @@ class AskReplies:
         examples: Sequence[Triplet],
         asking: Asking,
         limits: Any = None,
+        tally: Any = None,
     ) -> None:
+        self._count = Count(tally)
         self._lease = _lease(asking.journal)
         fcntl.flock(self._lease, fcntl.LOCK_SH)  # until this process ends
         shared = None if limits is None else RemoteLimits(limits)
@@ -115,10 +118,16 @@ class AskReplies:
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """A reply to each caption of the batch, read; or why there is none."""
         rows = batch.select(CAPTIONS.names).to_pylist()
-        found = await asyncio.gather(*(self._answer(row["caption"]) for row in rows))
+        found = await asyncio.gather(*(self._counted(row["caption"]) for row in rows))
+        self._count.tell()
         for row, answer in zip(rows, found, strict=True):
             row.update(answer)
         return pa.Table.from_pylist(rows, schema=REPLIES)
+
+    async def _counted(self, caption: str) -> Mapping[str, str | None]:
+        answer = await self._answer(caption)
+        self._count.add()
+        return answer
 
     async def _answer(self, caption: str) -> Mapping[str, str | None]:
         async with self._turn:
@@ -138,6 +147,29 @@ class AskReplies:
             texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
             return {"reply": reply.text, "status": "ok", **texts}
         return {"reply": reply.text, "status": found}
+
+
+class Count:
+    """Tells a `plan.Tally` now and then how many more there are.
+
+    A call for each would cost about as much as a reply.
+    """
+
+    def __init__(self, tally: Any, every_s: float = 1.0) -> None:
+        self._tally, self._every_s = tally, every_s
+        self._untold, self._told = 0, time.monotonic()
+
+    def add(self) -> None:
+        """One more."""
+        self._untold += 1
+        if time.monotonic() - self._told >= self._every_s:
+            self.tell()
+
+    def tell(self) -> None:
+        """What was not told yet."""
+        if self._untold and self._tally is not None:
+            self._tally.add.remote(self._untold)
+        self._untold, self._told = 0, time.monotonic()
 
 
 @ray.remote(num_cpus=0)
@@ -242,6 +274,7 @@ def ask_replies(
             ),
             # so many captions at hand that none of the slots waits for the end of a block
             blocks=max(2, -(-4 * asking.concurrency // block)),
+            counts=True,
         )
         try:
             plan.stream(
@@ -252,6 +285,7 @@ def ask_replies(
                 steps=[step],
                 unit="captions",
                 rows_per_block=block,
+                every_s=_HEARTBEAT_S,
             )
         finally:
             if limits is not None:
@@ -383,10 +417,13 @@ def _is_open(status: str) -> bool:
 
 
 def _drop(uri: str) -> None:
-    """The shards, and the notes that they were written."""
+    """The notes of what was written, then the shards.
+
+    After a kill in between some rows come twice, of which one is kept, but none is missing.
+    """
+    shutil.rmtree(run.resume_folder(uri), ignore_errors=True)
     for shard in storage.list_shards(uri):
         storage.local_path(shard).unlink()
-    shutil.rmtree(run.resume_folder(uri), ignore_errors=True)
 
 
 def _judge(uri: str, rows: int, max_no_reply: float) -> None:
