@@ -22,7 +22,7 @@ LINES = (
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},
     {"storage"},
-    {"stages"},
+    {"stages", "benchmark"},
     {"jobs", "serve"},
 )
 TESTING = "testing"
