@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ORIGIN = "_origin.json"
 RESUME = ".resume"
+REJECTED = "rejects"
 
 NOTE_EVERY_S = 10.0
 """How often an attempt notes its time; kill -9 loses at most so much of it."""
@@ -175,7 +176,7 @@ def make(
     if (storage.local_path(uri) / storage.MANIFEST).exists():
         manifest = storage.require_manifest(uri)
         assert manifest is not None
-        logger.info("%s: there already, %s rows", origin.dataset, f"{manifest.rows:,}")
+        logger.info("%s: there already, %s rows", _told(uri, origin), f"{manifest.rows:,}")
         return manifest
     if not (storage.local_path(uri) / ORIGIN).exists():
         # The dataset was deleted, and with it what these notes say was written.
@@ -198,8 +199,14 @@ def make(
     for report in reports:
         logger.info("%s", report.line())
     if not reports and manifest.wall_seconds > 1.0:
-        logger.info("%s: made in %s", origin.dataset, duration(manifest.wall_seconds))
+        logger.info("%s: made in %s", _told(uri, origin), duration(manifest.wall_seconds))
     return manifest
+
+
+def _told(uri: str, origin: Origin) -> str:
+    """The dataset's name for people: rejects may have the origin of what they are not in."""
+    path = storage.local_path(uri).absolute()
+    return f"{REJECTED}/{path.name}" if path.parent.name == REJECTED else origin.dataset
 
 
 def earlier_seconds(uri: str) -> float:

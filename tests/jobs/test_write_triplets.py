@@ -156,6 +156,7 @@ def test_a_cap_ends_in_status_3_and_more_of_it_in_0(captions, tmp_path):
     done = run_job(*usual, RAY_ADDRESS="127.0.0.1:9")
     assert done.returncode == 0, done.stderr
     assert "replies: there already, 20 rows" in done.stdout
+    assert "rejects/triplets: there already, 0 rows" in done.stdout
     assert f"write_triplets: {out / 'triplets'} has 20 rows" in done.stdout
 
 
