@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LINES = (
     {
         *("schema", "errors", "images", "report", "atomic", "command", "settings"),
-        *("files", "distinct", "language"),
+        *("files", "distinct", "places", "language"),
     },
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
     {"pairs", "filtering", "latents", "training", "checkpoint"},

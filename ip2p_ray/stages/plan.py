@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 from ip2p_ray import storage
 from ip2p_ray.errors import StageError
+from ip2p_ray.places import Places
 from ip2p_ray.stages import run
 from ip2p_ray.stages.progress import HEARTBEAT_S, Progress, shown
 
@@ -195,14 +197,19 @@ def _remove_duplicates(uri: str, key: str, rows: int) -> None:
     Raises:
         StageError: keys are missing.
     """
-    seen: set[str] = set()
+    seen = Places()
+
+    def is_fresh(value: str) -> bool:
+        digest = blake2b(value.encode(), digest_size=16).digest()
+        known = seen.get(digest) is not None
+        seen.put(digest, 0)
+        return not known
+
     for shard in storage.list_shards(uri):
-        keys = pq.read_table(shard, columns=[key])[key].to_pylist()
-        fresh = [value not in seen for value in keys]
+        fresh = [is_fresh(value) for value in pq.read_table(shard, columns=[key])[key].to_pylist()]
         if not all(fresh):
             logger.warning("%s: %d rows were there already", shard, len(fresh) - sum(fresh))
             storage.write_shard(uri, Path(shard).stem, pq.read_table(shard).filter(fresh))
-        seen.update(keys)
     if len(seen) != rows:
         raise StageError(
             f"{uri}: {len(seen)} of {rows} rows arrived; run the same command again, and delete "

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from ip2p_ray import storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.gallery import triplets_page
+from ip2p_ray.places import Places
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
 from ip2p_ray.stages import plan, run
@@ -35,6 +36,7 @@ from ip2p_ray.triplets.reply import DUPLICATE, Triplet, parse_reply
 from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
 
 _PART_ROWS = 50_000
+_ROWS_AT_ONCE = 1_000  # as objects a row takes ten times the memory that it takes in a table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,15 +232,15 @@ def _clear(uri: str) -> None:
 
 def _judged(replies: str) -> Iterator[tuple[dict[str, Any], str | None]]:
     """Each reply with the reason why it gives no triplet, in the order of the caption keys."""
-    seen: set[bytes] = set()
+    seen = Places()
     for row in _in_order(replies):
         reason = None if row["status"] == "ok" else str(row["status"])
         if reason is None:
             texts = f"{row['caption']}\n{row['instruction']}".casefold()
             digest = blake2b(texts.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            if digest in seen:
+            if seen.get(digest) is not None:
                 reason = DUPLICATE
-            seen.add(digest)
+            seen.put(digest, 0)
         yield row, reason
 
 
@@ -251,4 +253,5 @@ def _in_order(replies: str) -> Iterator[dict[str, Any]]:
     for low, high in zip(bounds, [*bounds[1:], "g"], strict=True):
         within = [("caption_key", ">=", low), ("caption_key", "<", high)]
         tables = [pq.read_table(shard, schema=REPLIES, filters=within) for shard in shards]
-        yield from pa.concat_tables(tables).sort_by("caption_key").to_pylist()
+        for batch in pa.concat_tables(tables).sort_by("caption_key").to_batches(_ROWS_AT_ONCE):
+            yield from batch.to_pylist()

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ip2p_ray.errors import ConfigError, DatasetError
+from ip2p_ray.places import Places
 from ip2p_ray.schema import reply_key
 from ip2p_ray.triplets.limits import NOTHING, Usage
-from ip2p_ray.triplets.places import Places
 from ip2p_ray.triplets.reply import Reply
 
 _log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import tracemalloc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ip2p_ray.triplets.places import Places
+from ip2p_ray.places import Places
 
 
 def digest(number):
