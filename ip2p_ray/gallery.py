@@ -7,16 +7,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
 
-from ip2p_ray.evaluation import CurvePoint
 from ip2p_ray.filtering import least_similarities
-from ip2p_ray.pairs import PairConfig
 from ip2p_ray.report import Report, duration
 from ip2p_ray.triplets.quality import Quality
+
+if TYPE_CHECKING:  # it loads torch and diffusers, which a page of texts does without
+    from ip2p_ray.evaluation import CurvePoint
+    from ip2p_ray.pairs import PairConfig
 
 TEMPLATE = "report.html.jinja"
 TRIPLETS_TEMPLATE = "triplets.html.jinja"

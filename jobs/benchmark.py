@@ -1,44 +1,87 @@
-"""Measure parts of the flow beside what they are compared with; no network.
+"""How fast the parts are, each beside what it is compared with in the same run; no network.
 
-python jobs/benchmark.py options --prompts 20 --candidates 24 --json options.json
+    python jobs/benchmark.py triplets --actors 2 --concurrency 32 --json triplets.json
+    python jobs/benchmark.py triplets --captions 100000 --delay 0
+    python jobs/benchmark.py pairs --json pairs.json
+    python jobs/benchmark.py pairs --sd15 --preset paper --steps 25 --device cuda --dtype bfloat16
+    python jobs/benchmark.py options --prompts 20 --candidates 24
+    python jobs/benchmark.py pipeline
+
+`triplets` writes triplets of made-up captions against the shipped server, which answers after
+--delay seconds. `pairs` makes the same candidates in the reference's way and in ours. `options`
+tells what each option of the search saves and loses. `pipeline` is what Ray costs the pairs.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
+from ip2p_ray.atomic import atomic_file
 from ip2p_ray.benchmark import options_job
-from ip2p_ray.command import loading
-
-BENCHMARKS = {"options": options_job}
-"""By subcommand: a module whose `Options` are its flags and whose `run` returns the table."""
+from ip2p_ray.benchmark.triplets import TripletsBenchmark
+from ip2p_ray.command import loading, require_place
 
 
-def main(name: str, job: options_job.Options) -> int:
-    """Run one benchmark; returns the exit status."""
+@dataclass(frozen=True, kw_only=True)
+class Triplets(TripletsBenchmark):
+    """Replies a second of a server that answers after a while, and what they cost."""
+
+    json: Path | None = None
+    """File for the figures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.json is not None:
+            require_place("--json", self.json, folder=False)
+
+
+def triplets(job: Triplets) -> str:
+    """The stage of triplets against the shipped server."""
+    from ip2p_ray.benchmark.triplets import lines, measure
+
+    found = measure(job, Path(__file__).with_name("write_triplets.py"))
+    write(job.json, found)
+    return "\n".join(f"triplets: {line}" for line in lines(found))
+
+
+def write(path: Path | None, found: dict[str, Any]) -> None:
+    """The figures as JSON, where a file was asked for."""
+    if path is not None:
+        with atomic_file(path) as new:
+            new.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+BENCHMARKS: dict[str, tuple[type, Callable[[Any], str]]] = {
+    "triplets": (Triplets, triplets),
+    "options": (options_job.Options, options_job.run),
+}
+"""By subcommand: its flags, and what measures and returns the table."""
+
+
+def main(job: Any) -> int:
+    """Measure and print the table; returns the exit status."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    if job.preset == "miniature":
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with loading(name):
-        import transformers
-
+    with loading("benchmark"):
         from ip2p_ray.errors import Ip2pError
-
-        transformers.utils.logging.disable_progress_bar()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="benchmark: %(message)s")
     logging.getLogger("ip2p_ray").setLevel(logging.INFO)
+    measure = next(found for flags, found in BENCHMARKS.values() if type(job) is flags)
     try:
-        print(BENCHMARKS[name].run(job))
+        print(measure(job))
     except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
+        print("benchmark: stopped", file=sys.stderr)
         return 130
     except (Ip2pError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"benchmark: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -47,7 +90,8 @@ if __name__ == "__main__":
     with loading("benchmark"):
         import tyro
 
-        chosen = tyro.extras.subcommand_cli_from_dict(
-            {name: module.Options for name, module in BENCHMARKS.items()}
+        asked = tyro.extras.subcommand_cli_from_dict(
+            {name: flags for name, (flags, _) in BENCHMARKS.items()},
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
-    sys.exit(main("options", chosen))
+    sys.exit(main(asked))

@@ -7,8 +7,9 @@
         --backend local --model /shared/causal-lm --gpus 1 --out /shared/writer
 
 At a server the new model's name is printed: give it to jobs/write_triplets.py (--form completions,
-or chat). A local one is the folder <out>/writer. The same command goes on where it was stopped;
-nothing is uploaded, created or paid for twice.
+or chat). A local one is the folder <out>/writer. One that scores worse than the model it was made
+from is kept too, and a warning says so. The same command goes on where it was stopped; nothing is
+uploaded, created or paid for twice.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def main(job: FinetuneWriter) -> int:
             if score is not None:
                 print(f"finetune_writer: {name}: {score.line()}")
         print(f"finetune_writer: the new model is {tuned.model}")
+        if tuned.warning is not None:
+            print(f"finetune_writer: warning: {tuned.warning}")
 
     return run.guarded("finetune_writer", work)
 

@@ -172,7 +172,7 @@ def _ask(job: WriteTriplets) -> None:
             count = replies.drop_unanswered(str(out))
             print(f"write_triplets: {count:,} captions without a reply are asked about again")
         replies.check(captions, str(out), config, examples=examples, endpoint=asking.endpoint)
-        with run.local_ray(workers=job.actors):
+        with run.ray_to_make(str(out / "replies"), workers=job.actors):
             made = ask_triplets(
                 captions,
                 str(out),
@@ -202,7 +202,7 @@ def _write(job: WriteTriplets) -> None:
     }
     captions = str(storage.local_path(job.captions).absolute())
     out = job.out.absolute()
-    with run.locked(out), run.local_ray(workers=job.actors):
+    with run.locked(out), run.ray_to_make(str(out / "replies"), workers=job.actors):
         made = write_triplets(
             captions,
             str(out),

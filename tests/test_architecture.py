@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LINES = (
     {
         *("schema", "errors", "images", "report", "atomic", "command", "settings"),
-        *("files", "distinct", "language"),
+        *("files", "distinct", "places", "language"),
     },
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
     {
@@ -24,8 +24,8 @@ LINES = (
     },
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},
-    {"storage", "benchmark"},
-    {"stages"},
+    {"storage"},
+    {"stages", "benchmark"},
     {"jobs", "serve"},
 )
 TESTING = "testing"

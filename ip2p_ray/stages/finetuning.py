@@ -54,6 +54,20 @@ class Tuned:
     """Of the model that was started from; None if it could not be asked."""
     after: Score | None
 
+    @property
+    def warning(self) -> str | None:
+        """What to say of a new model that is worse than the one it came from; else None."""
+        if self.before is None or self.after is None:
+            return None
+        if self.after.validity >= self.before.validity:
+            return None
+        return (
+            f"the new model is worse than the one it was made from: of {self.after.replies:,} "
+            f"held-out captions it has {self.after.valid:,} valid edits, that one has "
+            f"{self.before.valid:,}. Both are kept. Write triplets with the old one, or tune again "
+            "with more examples, fewer epochs or a lower learning rate into another --out"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Told:

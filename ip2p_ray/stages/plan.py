@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from ray.data.checkpoint import CheckpointConfig
 
 from ip2p_ray import storage
 from ip2p_ray.errors import StageError
+from ip2p_ray.places import Places
 from ip2p_ray.stages import run
-from ip2p_ray.stages.progress import Progress, shown
+from ip2p_ray.stages.progress import HEARTBEAT_S, Progress, shown
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ class Step:
     resources: run.Resources
     blocks: int | None = None
     """Blocks that an actor works on at the same time; only where `__call__` is a coroutine."""
+    counts: bool = False
+    """Whether it counts rows itself, finer than by blocks: its constructor gets a Tally, `tally`.
+    At most one step of a plan does."""
 
 
 def shards(uri: str, prefix: str = "") -> list[str]:
@@ -58,13 +63,14 @@ def stream(
     unit: str,
     rows_per_block: int,
     name: str | None = None,
+    every_s: float = HEARTBEAT_S,
 ) -> None:
     """The rows of the shards `sources`, sent through the steps, as shards of the dataset at `uri`.
 
     One row in, one row out, identified by its column `key`. A killed plan goes on where it
     stopped: at most the blocks that were being worked on are made again, and no row is lost or
-    written twice. The dataset is not whole before `make` writes its manifest. `name`, by default
-    that of its folder, is what the progress is told of.
+    written twice. The dataset is not whole before `make` writes its manifest. How far it is is told
+    every `every_s` seconds of `name`, by default that of its folder.
     """
     rows = count_rows(sources)
     if not rows:
@@ -77,31 +83,32 @@ def stream(
     context = _context(key, resume)
     if any(step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
-    with counted(progress) as tally, ray.data.DataContext.current(context):
+    with counted(progress, every_s=every_s) as tally, ray.data.DataContext.current(context):
         data: Any = ray.data.read_parquet(
             list(sources), override_num_blocks=blocks, num_cpus=TASK_CPUS
         )
         for step in steps:
-            data = _mapped(data, step, blocks)
-        data = data.map_batches(
-            _count,
-            batch_format="pyarrow",
-            fn_kwargs={"tally": tally},
-            num_cpus=TASK_CPUS,
-            udf_modifying_row_count=False,
-        )
+            data = _mapped(data, step, blocks, {"tally": tally} if step.counts else {})
+        if not any(step.counts for step in steps):
+            data = data.map_batches(
+                _count,
+                batch_format="pyarrow",
+                fn_kwargs={"tally": tally},
+                num_cpus=TASK_CPUS,
+                udf_modifying_row_count=False,
+            )
         data.write_parquet(
             str(storage.local_path(uri)), schema=schema, ray_remote_args={"num_cpus": TASK_CPUS}
         )
     _remove_duplicates(uri, key, rows)
 
 
-def _mapped(data: Any, step: Step, blocks: int) -> Any:
+def _mapped(data: Any, step: Step, blocks: int, counting: Mapping[str, Any]) -> Any:
     resources = step.resources
     options = {"num_gpus": resources.gpus} if resources.gpus else {}
     return data.map_batches(
         step.callable,
-        fn_constructor_kwargs=dict(step.arguments),
+        fn_constructor_kwargs={**step.arguments, **counting},
         batch_size=resources.batch_size,
         batch_format="pyarrow",
         compute=_pool(resources, blocks, step.blocks),
@@ -138,7 +145,7 @@ def _context(key: str, resume: Path) -> Any:
 
 
 @contextmanager
-def counted(progress: Progress) -> Iterator[Any]:
+def counted(progress: Progress, *, every_s: float = HEARTBEAT_S) -> Iterator[Any]:
     """An actor whose `add` advances the progress, which is shown while the block runs."""
     tally = Tally.remote()  # type: ignore[attr-defined]
     before = progress.done
@@ -156,7 +163,7 @@ def counted(progress: Progress) -> Iterator[Any]:
             return progress.done
 
     try:
-        with shown(progress, poll):
+        with shown(progress, poll, every_s=every_s):
             yield tally
     finally:
         ray.kill(tally)
@@ -198,14 +205,19 @@ def _remove_duplicates(uri: str, key: str, rows: int) -> None:
     Raises:
         StageError: keys are missing.
     """
-    seen: set[str] = set()
+    seen = Places()
+
+    def is_fresh(value: str) -> bool:
+        digest = blake2b(value.encode(), digest_size=16).digest()
+        known = seen.get(digest) is not None
+        seen.put(digest, 0)
+        return not known
+
     for shard in storage.list_shards(uri):
-        keys = pq.read_table(shard, columns=[key])[key].to_pylist()
-        fresh = [value not in seen for value in keys]
+        fresh = [is_fresh(value) for value in pq.read_table(shard, columns=[key])[key].to_pylist()]
         if not all(fresh):
             logger.warning("%s: %d rows were there already", shard, len(fresh) - sum(fresh))
             storage.write_shard(uri, Path(shard).stem, pq.read_table(shard).filter(fresh))
-        seen.update(keys)
     if len(seen) != rows:
         raise StageError(
             f"{uri}: {len(seen)} of {rows} rows arrived; run the same command again, and delete "

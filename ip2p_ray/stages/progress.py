@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -17,35 +18,55 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 15.0
 """Seconds between two lines where the output is no terminal."""
 
+WINDOW_S, WINDOW_COUNTS = 300.0, 8
+"""The rate is that of so many last seconds or counts, whichever reaches further back."""
+
 
 class Progress:
     """Counts of one stage, and what they say of the time that is left."""
 
-    def __init__(self, stage: str, *, total: int, unit: str, done: int = 0) -> None:
+    def __init__(
+        self,
+        stage: str,
+        *,
+        total: int,
+        unit: str,
+        done: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.stage, self.total, self.unit = stage, total, unit
         self.done = done
-        self._began = time.monotonic()
-        self._first: tuple[float, int] | None = None
+        self._clock = clock
+        self._began = clock()
+        self._counts: deque[tuple[float, int]] = deque()
 
     def update(self, done: int) -> None:
         """`done` of the total are finished, those of earlier runs included."""
-        if done > self.done and self._first is None:
-            self._first = time.monotonic(), done
-        self.done = min(max(self.done, done), self.total)
+        done = min(done, self.total)
+        if done <= self.done:
+            return
+        self.done = done
+        counts, now = self._counts, self._clock()
+        counts.append((now, done))
+        while len(counts) > WINDOW_COUNTS and now - counts[0][0] > WINDOW_S:
+            counts.popleft()
 
     def line(self) -> str:
         """For example "pairs: 32 of 96 triplets, 1.2 min so far, about 2.4 min left"."""
-        now = time.monotonic()
+        now = self._clock()
         text = f"{self.stage}: {self.done:,} of {self.total:,} {self.unit}"
         text += f", {duration(now - self._began)} so far"
         left = self._left(now)
         return f"{text}, about {duration(left)} left" if left is not None else text
 
     def _left(self, now: float) -> float | None:
-        """Seconds, by the rate since the first count: the start of the actors is not in it."""
-        if self._first is None or self.done in (self._first[1], self.total):
+        """Seconds by the rate of late.
+
+        Neither the start of the actors is in it nor, for long, what a run that goes on finds done.
+        """
+        if len(self._counts) < 2 or self.done == self.total:
             return None
-        began, done = self._first
+        began, done = self._counts[0]
         return (now - began) / (self.done - done) * (self.total - self.done)
 
 

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 import ray
 
 from ip2p_ray import errors, storage
+from ip2p_ray.atomic import remove_folder
 from ip2p_ray.captions import surely_fits
 from ip2p_ray.errors import (
     BudgetError,
@@ -54,12 +56,16 @@ REPLIES = pa.schema(
     ]
 )
 
+AFTER_TRIPLETS = ("candidates", "scores", "pairs", "latents", "checkpoints", "editor")
+"""What is made of triplets, as it is named in their folder."""
+
 STOPPED = "stopped"
 """Begins the status, "stopped ConfigError", of a caption that was not asked about any more."""
 
 _MOST_ROWS = 500
 _BATCHES = 4  # Ray Data runs as many of a block at the same time
 _PATIENCE_S = 60.0
+_HEARTBEAT_S = 60.0  # these runs take hours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,9 @@ class AskReplies:
         examples: Sequence[Triplet],
         asking: Asking,
         limits: Any = None,
+        tally: Any = None,
     ) -> None:
+        self._count = Count(tally)
         self._lease = _lease(asking.journal)
         fcntl.flock(self._lease, fcntl.LOCK_SH)  # until this process ends
         shared = None if limits is None else RemoteLimits(limits)
@@ -110,10 +118,16 @@ class AskReplies:
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """A reply to each caption of the batch, read; or why there is none."""
         rows = batch.select(CAPTIONS.names).to_pylist()
-        found = await asyncio.gather(*(self._answer(row["caption"]) for row in rows))
+        found = await asyncio.gather(*(self._counted(row["caption"]) for row in rows))
+        self._count.tell()
         for row, answer in zip(rows, found, strict=True):
             row.update(answer)
         return pa.Table.from_pylist(rows, schema=REPLIES)
+
+    async def _counted(self, caption: str) -> Mapping[str, str | None]:
+        answer = await self._answer(caption)
+        self._count.add()
+        return answer
 
     async def _answer(self, caption: str) -> Mapping[str, str | None]:
         async with self._turn:
@@ -133,6 +147,29 @@ class AskReplies:
             texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
             return {"reply": reply.text, "status": "ok", **texts}
         return {"reply": reply.text, "status": found}
+
+
+class Count:
+    """Tells a `plan.Tally` now and then how many more there are.
+
+    A call for each would cost about as much as a reply.
+    """
+
+    def __init__(self, tally: Any, every_s: float = 1.0) -> None:
+        self._tally, self._every_s = tally, every_s
+        self._untold, self._told = 0, time.monotonic()
+
+    def add(self) -> None:
+        """One more."""
+        self._untold += 1
+        if time.monotonic() - self._told >= self._every_s:
+            self.tell()
+
+    def tell(self) -> None:
+        """What was not told yet."""
+        if self._untold and self._tally is not None:
+            self._tally.add.remote(self._untold)
+        self._untold, self._told = 0, time.monotonic()
 
 
 @ray.remote(num_cpus=0)
@@ -237,6 +274,7 @@ def ask_replies(
             ),
             # so many captions at hand that none of the slots waits for the end of a block
             blocks=max(2, -(-4 * asking.concurrency // block)),
+            counts=True,
         )
         try:
             plan.stream(
@@ -247,6 +285,7 @@ def ask_replies(
                 steps=[step],
                 unit="captions",
                 rows_per_block=block,
+                every_s=_HEARTBEAT_S,
             )
         finally:
             if limits is not None:
@@ -263,13 +302,37 @@ def drop_unanswered(folder: str) -> int:
     """How many captions of `<folder>/replies` have no reply.
 
     If any has none, that dataset and those made from it are dropped, so that they are asked again.
+
+    Raises:
+        StageError: the folder has what was made of the triplets, which would no longer match.
     """
     replies = storage.join(folder, "replies")
     count = sum(1 for _ in _unfinished(replies))
-    if count:
-        for name in ("triplets", "rejects/triplets", "replies"):
-            shutil.rmtree(storage.local_path(storage.join(folder, name)), ignore_errors=True)
+    if not count:
+        return 0
+    root = storage.local_path(folder)
+    made = [name for name in AFTER_TRIPLETS if (root / name).exists()]
+    if made:
+        raise StageError(
+            f"{count:,} captions have no reply, but asking again would change the triplets that "
+            f"{', '.join(made)} in {folder} were made of: delete these, or copy {folder}/journal "
+            "to another --out and write the triplets there, which asks for nothing that it has"
+        )
+    for name in ("triplets", "rejects/triplets", "replies"):
+        if (root / name).is_dir():
+            remove_folder(root / name)
     return count
+
+
+def unanswered(uri: str) -> str | None:
+    """A digest of which captions of the replies at `uri` have none; None where all have one."""
+    keys = [
+        key
+        for shard in storage.list_shards(uri)
+        for key, status in _columns(shard, "caption_key", "status")
+        if status == NO_REPLY
+    ]
+    return blake2b("\n".join(sorted(keys)).encode(), digest_size=8).hexdigest() if keys else None
 
 
 def origin_of(
@@ -338,12 +401,15 @@ def _require_columns(sources: Sequence[str]) -> None:
 def _unfinished(uri: str) -> Iterator[tuple[str, str]]:
     """(status, what was said) of each row that is not final, in whatever lies there."""
     for shard in storage.list_shards(uri):
-        statuses = pq.read_table(shard, columns=["status"])["status"].to_pylist()
-        if any(_is_open(status) for status in statuses):
-            said = pq.read_table(shard, columns=["reply"])["reply"].to_pylist()
-            for status, text in zip(statuses, said, strict=True):
+        if any(_is_open(status) for (status,) in _columns(shard, "status")):
+            for status, text in _columns(shard, "status", "reply"):
                 if _is_open(status):
                     yield status, text
+
+
+def _columns(shard: str, *names: str) -> Iterator[tuple[str, ...]]:
+    table = pq.read_table(shard, columns=list(names))
+    yield from zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
 def _is_open(status: str) -> bool:
@@ -351,10 +417,13 @@ def _is_open(status: str) -> bool:
 
 
 def _drop(uri: str) -> None:
-    """The shards, and the notes that they were written."""
+    """The notes of what was written, then the shards.
+
+    After a kill in between some rows come twice, of which one is kept, but none is missing.
+    """
+    shutil.rmtree(run.resume_folder(uri), ignore_errors=True)
     for shard in storage.list_shards(uri):
         storage.local_path(shard).unlink()
-    shutil.rmtree(run.resume_folder(uri), ignore_errors=True)
 
 
 def _judge(uri: str, rows: int, max_no_reply: float) -> None:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ORIGIN = "_origin.json"
 RESUME = ".resume"
+REJECTED = "rejects"
 
 NOTE_EVERY_S = 10.0
 """How often an attempt notes its time; kill -9 loses at most so much of it."""
@@ -113,6 +114,16 @@ def local_ray(*, workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def ray_to_make(uri: str, *, workers: int) -> Iterator[None]:
+    """`local_ray` for the block, or nothing where the dataset lies whole already."""
+    if (storage.local_path(uri) / storage.MANIFEST).is_file():
+        yield
+    else:
+        with local_ray(workers=workers):
+            yield
+
+
 def usable_cores() -> int:
     """The cores that this process may use, which can be fewer than the machine has."""
     counted = getattr(os, "process_cpu_count", None)  # from Python 3.13 on
@@ -171,7 +182,7 @@ def make(
     if (storage.local_path(uri) / storage.MANIFEST).exists():
         manifest = storage.require_manifest(uri)
         assert manifest is not None
-        logger.info("%s: there already, %s rows", origin.dataset, f"{manifest.rows:,}")
+        logger.info("%s: there already, %s rows", _told(uri, origin), f"{manifest.rows:,}")
         return manifest
     if not (storage.local_path(uri) / ORIGIN).exists():
         # The dataset was deleted, and with it what these notes say was written.
@@ -194,8 +205,14 @@ def make(
     for report in reports:
         logger.info("%s", report.line())
     if not reports and manifest.wall_seconds > 1.0:
-        logger.info("%s: made in %s", origin.dataset, duration(manifest.wall_seconds))
+        logger.info("%s: made in %s", _told(uri, origin), duration(manifest.wall_seconds))
     return manifest
+
+
+def _told(uri: str, origin: Origin) -> str:
+    """The dataset's name for people: rejects may have the origin of what they are not in."""
+    path = storage.local_path(uri).absolute()
+    return f"{REJECTED}/{path.name}" if path.parent.name == REJECTED else origin.dataset
 
 
 def earlier_seconds(uri: str) -> float:

@@ -8,7 +8,7 @@ writes them in actors (`write_triplets`); one at an endpoint is asked by `replie
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -18,18 +18,25 @@ import pyarrow.parquet as pq
 from ip2p_ray import storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.gallery import triplets_page
+from ip2p_ray.places import Places
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.captions import Shards
-from ip2p_ray.stages.replies import REPLIES, Asking, ask_replies, fits_openai, origin_of
+from ip2p_ray.stages.replies import (
+    REPLIES,
+    Asking,
+    ask_replies,
+    fits_openai,
+    origin_of,
+    unanswered,
+)
 from ip2p_ray.triplets.quality import Quality, Tally
-from ip2p_ray.triplets.reply import Triplet, parse_reply
+from ip2p_ray.triplets.reply import DUPLICATE, Triplet, parse_reply
 from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
 
-DUPLICATE = "duplicate_triplet"
-
 _PART_ROWS = 50_000
+_ROWS_AT_ONCE = 1_000  # as objects a row takes ten times the memory that it takes in a table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +143,10 @@ def ask_triplets(
     replies = storage.join(folder, "replies")
     asked = origin_of(captions, config, writer_recipe(config, examples))
     wrote = ask_replies(captions, replies, asked, config, examples=examples, asking=asking)
+    lacking = unanswered(replies)
+    if lacking is not None:
+        # They may be asked again; what was made of these triplets is then not of the new ones.
+        asked = replace(asked, sources={**asked.sources, "unanswered": lacking})
     settings = {**asdict(config), "held_out": held_out}
     return _made(folder, asked, settings, held_out, wrote.wall_seconds)
 
@@ -221,15 +232,15 @@ def _clear(uri: str) -> None:
 
 def _judged(replies: str) -> Iterator[tuple[dict[str, Any], str | None]]:
     """Each reply with the reason why it gives no triplet, in the order of the caption keys."""
-    seen: set[bytes] = set()
+    seen = Places()
     for row in _in_order(replies):
         reason = None if row["status"] == "ok" else str(row["status"])
         if reason is None:
             texts = f"{row['caption']}\n{row['instruction']}".casefold()
             digest = blake2b(texts.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            if digest in seen:
+            if seen.get(digest) is not None:
                 reason = DUPLICATE
-            seen.add(digest)
+            seen.put(digest, 0)
         yield row, reason
 
 
@@ -242,4 +253,5 @@ def _in_order(replies: str) -> Iterator[dict[str, Any]]:
     for low, high in zip(bounds, [*bounds[1:], "g"], strict=True):
         within = [("caption_key", ">=", low), ("caption_key", "<", high)]
         tables = [pq.read_table(shard, schema=REPLIES, filters=within) for shard in shards]
-        yield from pa.concat_tables(tables).sort_by("caption_key").to_pylist()
+        for batch in pa.concat_tables(tables).sort_by("caption_key").to_batches(_ROWS_AT_ONCE):
+            yield from batch.to_pylist()

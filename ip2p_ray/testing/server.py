@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -121,6 +122,8 @@ class Counts:
     """By kind."""
     paid: Counter[str] = field(default_factory=Counter)
     """Whole replies that went out, by caption, the strange ones included."""
+    paid_at: Counter[str] = field(default_factory=Counter)
+    """The same by the tenth of a second, of the machine's monotonic clock, in which they went."""
     abandoned: Counter[str] = field(default_factory=Counter)
     """Replies whose reader had gone, by caption."""
     in_flight: int = 0
@@ -259,6 +262,7 @@ class FaultyServer:
                 self.counts.paid[caption] -= 1
                 self.counts.abandoned[caption] += 1
                 raise
+            self.counts.paid_at[f"{time.monotonic():.1f}"] += 1
 
     def _refused(self, request: _Request, caption: str | None) -> _Response | None:
         """Why a request is not even looked at."""

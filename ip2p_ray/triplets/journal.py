@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ip2p_ray.errors import ConfigError, DatasetError
+from ip2p_ray.places import Places
 from ip2p_ray.schema import reply_key
 from ip2p_ray.triplets.limits import NOTHING, Usage
 from ip2p_ray.triplets.reply import Reply
@@ -47,8 +48,8 @@ _OFFSET_BITS = 40  # a file of a journal is below a terabyte
 class Journal:
     """Replies by key, in a folder that several processes may write to at the same time.
 
-    Thread-safe. In memory is a 16-byte digest for each key and the place of its record. Of two
-    records of one key the later holds: by the start of the process that wrote it, then by place.
+    Thread-safe. In memory are the `Places` of the records. Of two records of one key the later
+    holds: by the start of the process that wrote it, then by place.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -57,7 +58,7 @@ class Journal:
         self._files: list[str] = []
         self._numbers: dict[str, int] = {}
         self._read_up_to: list[int] = []
-        self._places: dict[bytes, int] = {}
+        self._places = Places()
         self._corrupt = 0
         self._seen = 0
         self._reading = threading.Lock()
@@ -83,7 +84,7 @@ class Journal:
     def get(self, key: str) -> Reply | None:
         """The reply of a key, from whichever process; None if none is on disk."""
         digest = bytes.fromhex(key)
-        if digest not in self._places or self._pen.batches != self._seen:
+        if self._places.get(digest) is None or self._pen.batches != self._seen:
             self._refresh()
         place = self._places.get(digest)
         return None if place is None else self._reply(place)
@@ -146,7 +147,7 @@ class Journal:
                 digest = bytes.fromhex(line[_KEY].decode())
                 place = number << _OFFSET_BITS | offset
                 if self._is_later(place, self._places.get(digest)):
-                    self._places[digest] = place
+                    self._places.put(digest, place)
             else:
                 corrupt += 1
         self._corrupt += corrupt

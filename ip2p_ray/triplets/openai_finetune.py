@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 
 import openai
 
+from ip2p_ray.atomic import atomic_file
 from ip2p_ray.errors import ConfigError, DatasetError, StageError
 from ip2p_ray.triplets.endpoint import Endpoint, key_of
 from ip2p_ray.triplets.finetune import Form, training_file
@@ -297,9 +297,5 @@ def _digest(data: bytes, config: TuningConfig) -> str:
 def _write(state: Path, tuning: Tuning) -> None:
     """The file with the tuning, whole at any moment and on the disk."""
     state.parent.mkdir(parents=True, exist_ok=True)
-    temporary = state.with_name(f".{state.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(tuning), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(state)
+    with atomic_file(state) as new:
+        new.write_text(json.dumps(asdict(tuning), indent=2) + "\n", encoding="utf-8")

@@ -24,9 +24,7 @@ from ip2p_ray.captions import reason_by as caption_reason
 from ip2p_ray.distinct import NOT_SAMPLED, REPEATED, keep_distinct
 from ip2p_ray.errors import DatasetError
 from ip2p_ray.triplets.prompt import completion
-from ip2p_ray.triplets.reply import Triplet, parse_reply
-
-DUPLICATE = "duplicate_triplet"
+from ip2p_ray.triplets.reply import DUPLICATE, Triplet, parse_reply
 
 CAPTION_COLUMNS = ("caption", "input", "original_prompt", "input_text")
 INSTRUCTION_COLUMNS = ("instruction", "edit", "edit_prompt", "edit_instruction")

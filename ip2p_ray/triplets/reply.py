@@ -29,6 +29,8 @@ NOT_PLAIN_TEXT = "not_plain_text"
 UNCHANGED_CAPTION = "unchanged_caption"
 INSTRUCTION_IS_CAPTION = "instruction_is_caption"
 TOO_MANY_TOKENS = "too_many_tokens"
+DUPLICATE = "duplicate_triplet"
+"""Not of one reply: its caption and instruction are those of another row of the dataset."""
 
 REASONS = (
     NO_REPLY,
@@ -45,7 +47,10 @@ REASONS = (
     INSTRUCTION_IS_CAPTION,
     TOO_MANY_TOKENS,
 )
-"""Every reason, in the order in which they are looked for. NO_REPLY is a stage's: `ReplyError`."""
+"""Every reason of a reply by itself, in the order in which they are looked for.
+
+NO_REPLY is a stage's: `ReplyError`.
+"""
 
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _REFUSAL = re.compile(

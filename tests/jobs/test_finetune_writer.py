@@ -1,13 +1,22 @@
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
+from ip2p_ray.miniature import writer as miniature_writer
+from ip2p_ray.miniature.scores import random_captions
+from ip2p_ray.miniature.tiny import true_edit
+from ip2p_ray.miniature.weights import WEIGHTS
 from ip2p_ray.stages.run import locked
 from ip2p_ray.triplets.local_writer import LocalWriter
+from ip2p_ray.triplets.reply import Triplet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JOB = ROOT / "jobs" / "finetune_writer.py"
@@ -82,21 +91,58 @@ def test_a_folder_is_one_runs_alone(tmp_path):
     assert done.stderr.startswith(f"finetune_writer: another run is working in {tmp_path}")
 
 
-@pytest.mark.ray
-def test_a_local_writer_learns_from_the_examples(tmp_path):
-    flags = ["--backend", "local", "--out", tmp_path, "--learning-rate", "1e-3"]
-    done = run_job(*flags)
+def scores(done):
+    """Valid edits in percent, before and after."""
     assert done.returncode == 0, done.stderr
-    rates = [
-        int(found)
-        for found in re.findall(r"\d+ replies, \d+ % parse, (\d+) % are valid", done.stdout)
-    ]
-    assert rates[1] > rates[0] + 10
-    assert f"the new model is {tmp_path / 'writer'}" in done.stdout
-    assert LocalWriter.load(tmp_path / "writer").write(["a red boat at sea"], seed=0)[0]
+    found = re.findall(r"\d+ replies, \d+ % parse, (\d+) % are valid", done.stdout)
+    before, after = map(int, found)
+    return before, after
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """A writer that knows nothing, so that whatever it can do afterwards it has learned."""
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "writer", local_files_only=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = miniature_writer.build(len(tokenizer), tokenizer.eos_token_id)
+    model.save_pretrained(tmp_path / "untrained")
+    tokenizer.save_pretrained(tmp_path / "untrained")
+    return tmp_path / "untrained"
+
+
+@pytest.fixture
+def examples(tmp_path):
+    """200 triplets of a small world, written as users would."""
+    path = tmp_path / "examples.jsonl"
+    rows = (Triplet(text, *true_edit(text)) for text in random_captions(200, 3))
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.ray
+def test_a_local_writer_learns_from_the_examples(tmp_path, untrained, examples):
+    out = tmp_path / "out"
+    flags = ["--backend", "local", "--out", out, "--model", untrained, "--examples", examples]
+    flags += ["--learning-rate", "4e-3", "--epochs", "4"]
+    done = run_job(*flags)
+    before, after = scores(done)
+    assert before == 0
+    assert after >= 50
+    assert f"the new model is {out / 'writer'}" in done.stdout
+    assert "warning" not in done.stdout
+    assert LocalWriter.load(out / "writer").write(["a red boat at sea"], seed=0)[0]
     again = run_job(*flags)
     assert "writer: there already" in again.stdout
     assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
-    other = run_job(*flags, "--epochs", "2")
+    other = run_job(*flags[:-1], "3")
     assert other.returncode == 1
-    assert "was made differently (epochs 1 there, 2 now)" in other.stderr
+    assert "was made differently (epochs 4 there, 3 now)" in other.stderr
+
+    worse = tmp_path / "worse"
+    flags = ["--backend", "local", "--out", worse, "--examples", examples]
+    done = run_job(*flags, "--model", out / "writer", "--learning-rate", "1")
+    assert scores(done) == (after, 0)
+    assert "finetune_writer: warning: the new model is worse than the one" in done.stdout
+    assert (out / "writer" / "model.safetensors").is_file()
+    assert (worse / "writer" / "model.safetensors").is_file()

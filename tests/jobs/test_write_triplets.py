@@ -1,25 +1,29 @@
 """The job as people run it: its flags, its sentences, and kill -9 at any moment."""
 
+import contextlib
 import logging
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
 from ip2p_ray import storage
 from ip2p_ray.miniature.scores import random_captions
-from ip2p_ray.schema import REJECTS, TRIPLETS, reply_key
+from ip2p_ray.schema import REJECTS, TRIPLETS, caption_key, reply_key, triplet_key
 from ip2p_ray.stages.captions import collect_captions
-from ip2p_ray.testing import Behaviour, Faults, FaultyServer
+from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit
 from ip2p_ray.triplets.journal import Journal
 from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JOB = ROOT / "jobs" / "write_triplets.py"
@@ -126,6 +130,12 @@ def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(captions, tmp
         assert not server.counts.paid
 
 
+def test_an_endpoint_needs_no_torch_here():
+    code = "import sys, ip2p_ray.stages.triplets; print({'torch', 'diffusers'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert told.stdout == "set()\n", told.stderr
+
+
 @pytest.mark.ray
 def test_a_cap_ends_in_status_3_and_more_of_it_in_0(captions, tmp_path):
     out = tmp_path / "out"
@@ -142,6 +152,12 @@ def test_a_cap_ends_in_status_3_and_more_of_it_in_0(captions, tmp_path):
         assert done.returncode == 0, done.stderr
         assert f"write_triplets: {out / 'triplets'} has 20 rows" in done.stdout
         assert set(server.counts.paid.values()) == {1}
+    # Neither Ray nor the server is needed where all is there: here is none of them.
+    done = run_job(*usual, RAY_ADDRESS="127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    assert "replies: there already, 20 rows" in done.stdout
+    assert "rejects/triplets: there already, 0 rows" in done.stdout
+    assert f"write_triplets: {out / 'triplets'} has 20 rows" in done.stdout
 
 
 @pytest.mark.ray
@@ -155,21 +171,25 @@ def test_a_local_writer_needs_no_server(tmp_path):
 
 
 class Runs:
-    """The same command on the same folder, as often as one likes."""
+    """The same command on the same folder, as often as one likes, in a Ray that is there."""
 
     IN_FLIGHT = 16
 
-    def __init__(self, server, folder, captions):
+    def __init__(self, server, folder, captions, address):
         self.server, self.folder, self.captions = server, folder, captions
         collect_captions(captions, str(folder / "captions"), config={})
         self._flags = ["--captions", folder / "captions", "--out", folder, "--model", "fake"]
         self._flags += ["--base-url", server.url, "--api-key-env", "none", "--shots", "0"]
         self._flags += ["--actors", "2", "--concurrency", str(self.IN_FLIGHT // 2)]
         self._flags += ["--attempts", "30"]
+        self._address = address
+        self._job = None
+        self._before = Counter()
 
     def to_the_end(self):
-        """The keys of the triplets, and the reason of each reject."""
-        done = run_job(*self._flags)
+        """The triplets by their keys, and the reason of each reject by its caption's."""
+        self.end()
+        done = run_job(*self._flags, RAY_ADDRESS=self._address)
         assert done.returncode == 0, done.stderr
         triplets = storage.read_dataset(str(self.folder / "triplets"), TRIPLETS).to_pylist()
         rejects = storage.read_dataset(str(self.folder / "rejects/triplets"), REJECTS).to_pylist()
@@ -177,19 +197,40 @@ class Runs:
         assert len(keys) == len(set(keys))
         return set(keys), {row["key"]: row["reason"] for row in rejects}
 
-    def killed(self, after, pause):
-        """Kills the driver `pause` seconds after the server was paid for `after` replies in all,
-        or when it has ended; returns what left the server and is not on disk."""
-        before = self.server.counts.paid.copy()
-        with subprocess.Popen(
-            command(*self._flags), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
-        ) as process:
-            while self.server.counts.paid.total() < after and process.poll() is None:
-                time.sleep(0.002)
-            time.sleep(pause)
-            process.send_signal(signal.SIGKILL)
-        self._wait_until_quiet()
-        return Counter(set(self.server.counts.paid - before) - self.kept())
+    def killed(self, victim, more, pause):
+        """Kills the driver, or one of its actors, `pause` seconds after the server was paid for so
+        many more replies; returns what left the server since the last kill and is not on disk."""
+        paid = self.server.counts.paid
+        until = paid.total() + more
+        if self._job is None or self._job.poll() is not None:
+            self._job = subprocess.Popen(
+                command(*self._flags),
+                cwd=ROOT,
+                env=environment(RAY_ADDRESS=self._address),
+                stdout=subprocess.DEVNULL,
+            )
+        while paid.total() < until and self._job.poll() is None:
+            time.sleep(0.002)
+        time.sleep(pause)
+        assert self._job.poll() is None, "it ended before it was killed"
+        if victim == "driver":
+            self.end()
+        else:
+            random.choice(self._actors()).kill()
+            time.sleep(0.3)  # what was on its way to it; it is not there again so soon
+        sent = paid - self._before
+        unknown = Counter(set(sent) - self.kept())
+        self._before = paid.copy()
+        return unknown
+
+    def end(self):
+        """Returns when no driver and no actor is there any more."""
+        if self._job is not None:
+            self._job.kill()
+            self._job.wait()
+            self._job = None
+            while self._actors() or self.server.counts.in_flight:
+                time.sleep(0.05)
 
     def kept(self):
         """Captions whose reply is on disk."""
@@ -198,43 +239,86 @@ class Runs:
         keys = {caption: reply_key(caption, "fake", recipe) for caption in self.captions}
         return {caption for caption, key in keys.items() if journal.get(key) is not None}
 
-    def _wait_until_quiet(self):
-        """The actors of a driver that is gone ask on for a moment."""
-        quiet, seen = 0, -1
-        while quiet < 10:
-            now = self.server.counts.requests.total()
-            quiet = quiet + 1 if now == seen and not self.server.counts.in_flight else 0
-            seen = now
-            time.sleep(0.2)
+    @staticmethod
+    def _actors():
+        """The processes that ask: Ray's are below that which started it, this one."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE and "AskReplies" in process.name():
+                    found.append(process)
+        return found
+
+
+@pytest.fixture
+def address(local_ray):
+    """Of a Ray that outlives the jobs: its start would take most of their time."""
+    return ray.get_runtime_context().gcs_address
+
+
+def faulty(delay_s):
+    faults = Faults.evenly(0.2)
+    return Behaviour(seed=3, faults=faults, delay_s=delay_s, slow_s=delay_s, retry_after_s=0.01)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_every_caption_is_a_triplet_or_a_reject_with_its_reason(tmp_path, address, count):
+    texts = [f"a red boat {number}" for number in range(count)]
+    with FaultyServer(faulty(0.01)) as server:
+        runs = Runs(server, tmp_path, texts, address)
+        triplets, rejects = runs.to_the_end()
+        asked, faults = server.counts.requests.total(), server.counts.faults.copy()
+        assert server.counts.paid == Counter(texts)
+    made = {caption: triplet_key(caption, *edit(caption)) for caption in texts}
+    rejected = {caption for caption in texts if caption_key(caption) in rejects}
+    assert len(rejected) == len(rejects)
+    assert triplets == {key for caption, key in made.items() if caption not in rejected}
+    assert set(rejects.values()) == {"empty_reply", "refused", "unparseable"}
+    assert len(faults) == 8, "not every kind of fault was there"
+    logger.info(
+        "%d captions: %d triplets, rejects %s; %d requests, faults %s",
+        count,
+        len(triplets),
+        dict(Counter(rejects.values())),
+        asked,
+        dict(faults),
+    )
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("captions_count", "kills"), [(200, 2), pytest.param(1000, 20, marks=pytest.mark.slow)]
+    ("count", "kills"), [(200, 2), pytest.param(1000, 20, marks=pytest.mark.slow)]
 )
 @pytest.mark.timeout(3600)
-def test_kills_change_nothing_and_no_kept_reply_is_paid_for_again(tmp_path, captions_count, kills):
-    texts = [f"a red boat {number}" for number in range(captions_count)]
-    behaviour = Behaviour(
-        seed=3, faults=Faults.evenly(0.2), delay_s=0.05, slow_s=0.05, retry_after_s=0.01
-    )
-    with FaultyServer(behaviour) as server:
-        undisturbed = Runs(server, tmp_path / "undisturbed", texts).to_the_end()
+def test_kills_change_nothing_and_no_kept_reply_is_paid_for_again(tmp_path, address, count, kills):
+    texts = [f"a red boat {number}" for number in range(count)]
+    with FaultyServer(faulty(0.05)) as server:
+        undisturbed = Runs(server, tmp_path / "undisturbed", texts, address).to_the_end()
         assert server.counts.paid == Counter(texts)
     draws = random.Random(kills)
-    with FaultyServer(behaviour) as server:
-        runs = Runs(server, tmp_path / "killed", texts)
+    victims = ["driver", "actor"] * (kills // 2)
+    draws.shuffle(victims)
+    with FaultyServer(faulty(0.05)) as server:
+        runs = Runs(server, tmp_path / "killed", texts, address)
         lost = Counter()
-        for _ in range(kills):
-            more = draws.randint(1, captions_count // (kills + 1))
-            unknown = runs.killed(server.counts.paid.total() + more, draws.uniform(0.0, 0.5))
+        for victim in victims:
+            more = draws.randint(1, count // (kills + 1))
+            unknown = runs.killed(victim, more, draws.uniform(0.0, 0.1))
             assert unknown.total() <= Runs.IN_FLIGHT
+            logger.info("%s killed: %d replies were not on disk", victim, unknown.total())
             lost += unknown
         assert runs.to_the_end() == undisturbed
-        assert server.counts.paid == Counter(texts) + lost
+        again = server.counts.paid - Counter(texts)
+        assert again <= lost, "a reply that was on disk was paid for again"
+        assert set(server.counts.paid) == set(texts)
         asked = server.counts.requests.copy()
         assert runs.to_the_end() == undisturbed
         assert server.counts.requests == asked
-    logging.getLogger(__name__).info(
-        "%d kills: %d replies were on their way and asked for again", kills, lost.total()
+    logger.info(
+        "%d kills, %d captions: %d replies were not on disk, %d were asked for again",
+        kills,
+        count,
+        lost.total(),
+        again.total(),
     )

@@ -1,11 +1,13 @@
 import json
 from dataclasses import asdict
 
-from ip2p_ray.stages.finetuning import finetune_at_server
+import pytest
+
+from ip2p_ray.stages.finetuning import Tuned, finetune_at_server
 from ip2p_ray.testing import Behaviour, FaultyServer
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.examples import load_examples
-from ip2p_ray.triplets.finetune import split_examples, training_file
+from ip2p_ray.triplets.finetune import Score, split_examples, training_file
 from ip2p_ray.triplets.openai_finetune import Tuning, TuningConfig, _digest
 
 CONFIG = TuningConfig(model="base")
@@ -49,3 +51,19 @@ def test_a_model_that_only_can_be_tuned_is_not_scored(tmp_path):
         found = tuned(server, tmp_path, examples)
     assert found.before is None
     assert found.after.validity == 1.0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [(24, 13, True), (24, 23, True), (24, 24, False), (13, 24, False), (None, 1, False)],
+)
+def test_a_model_that_became_worse_is_told(before, after, told):
+    def scored(valid):
+        return None if valid is None else Score(replies=26, valid=valid, reasons={})
+
+    tuned = Tuned(model="new", before=scored(before), after=scored(after))
+    assert (tuned.warning is not None) == told
+    if told:
+        assert f"of 26 held-out captions it has {after} valid edits, that one has 24" in (
+            tuned.warning
+        )

@@ -19,6 +19,28 @@ def test_a_line_tells_how_much_time_is_left():
     assert stage.line().endswith(" left")
 
 
+def test_the_time_left_is_by_the_rate_of_late():
+    """A run that goes on finds 5,000 replies in a second and then gets 2 a second."""
+    now = [0.0]
+    stage = Progress("replies", total=10_000, unit="captions", clock=lambda: now[0])
+    stage.update(1)
+    now[0] = 1.0
+    stage.update(5_000)
+    for second in range(2, 400):
+        now[0] = float(second)
+        stage.update(5_000 + 2 * (second - 1))
+    assert stage.line().endswith("about 35.0 min left")  # (5,000 - 796) / 2 s
+
+
+def test_slow_counts_have_a_rate_too():
+    now = [0.0]
+    stage = Progress("pairs", total=20, unit="triplets", clock=lambda: now[0])
+    for count in range(1, 11):
+        now[0] += 3600.0
+        stage.update(count)
+    assert stage.line().endswith("about 10.0 h left")
+
+
 def test_counts_only_rise_and_stay_within_the_total():
     stage = Progress("pairs", total=10, unit="triplets", done=3)
     stage.update(2)

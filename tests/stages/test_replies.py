@@ -3,13 +3,15 @@
 import json
 
 import pytest
+import ray
 
 from ip2p_ray import storage
 from ip2p_ray.errors import BudgetError, ConfigError, DatasetError, StageError
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, triplet_key
-from ip2p_ray.stages import replies
+from ip2p_ray.stages import plan, replies
 from ip2p_ray.stages.captions import collect_captions
-from ip2p_ray.stages.replies import REPLIES, Asking, drop_unanswered
+from ip2p_ray.stages.progress import Progress
+from ip2p_ray.stages.replies import REPLIES, Asking, AskReplies, Count, drop_unanswered
 from ip2p_ray.stages.triplets import ask_triplets
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit
 from ip2p_ray.triplets.endpoint import Endpoint
@@ -110,9 +112,16 @@ def test_captions_without_a_reply_are_told_and_asked_again(local_ray, tmp_path):
         assert manifest.rows == 38
         assert manifest.reports[0]["rejected"] == {"no_reply": 2}
         server.behaviour = Behaviour()
+        assert stage.ask().recipe == manifest.recipe
+        (tmp_path / "candidates").mkdir()
+        with pytest.raises(StageError, match=r"2 captions .*triplets that candidates in .*delete"):
+            drop_unanswered(str(tmp_path))
         assert stage.ask().rows == 38
+        (tmp_path / "candidates").rmdir()
         assert drop_unanswered(str(tmp_path)) == 2
-        assert stage.ask().rows == 40
+        again = stage.ask()
+        assert again.rows == 40
+        assert again.recipe != manifest.recipe  # what was made of the old ones elsewhere is told so
         assert drop_unanswered(str(tmp_path)) == 0
         assert set(server.counts.paid.values()) <= {1, 2}  # 2: the server is asked for any other
 
@@ -154,6 +163,47 @@ def test_what_is_wrong_is_told_before_anything_is_spent(tmp_path, monkeypatch):
         with pytest.raises(DatasetError, match="does not exist"):
             stage.check(captions=stage.uri("nothing"))
         assert not server.counts.paid
+
+
+class Told:
+    """Looks like the handle of an actor."""
+
+    def __init__(self):
+        self.counts = []
+        self.add = self
+        self.remote = self.counts.append
+
+
+def test_replies_are_counted_as_they_arrive_but_not_told_one_by_one():
+    told = Told()
+    count = Count(told, every_s=3600.0)
+    for _ in range(500):
+        count.add()
+    assert told.counts == []
+    count.tell()
+    count.tell()
+    assert told.counts == [500]
+    at_once = Count(told, every_s=0.0)
+    at_once.add()
+    assert told.counts == [500, 1]
+    Count(None).tell()
+
+
+@pytest.mark.ray
+def test_the_stage_tells_of_each_reply_once(local_ray, tmp_path):
+    """One block, so that the count rises before a block is done, or not at all."""
+    progress = Progress("replies", total=30, unit="captions")
+    with FaultyServer(Behaviour(refused=("boat 3 ",))) as server:
+        stage = Stage(tmp_path, server, 30)
+        told = Asking(
+            journal=stage.uri("journal"), endpoint=stage.endpoint(), limits=LimitsConfig()
+        )
+        with plan.counted(progress) as tally:
+            asking = ray.remote(AskReplies).remote(CONFIG, [], told, None, tally)
+            captions = storage.read_dataset(stage.uri("captions"), CAPTIONS)
+            rows = ray.get(asking.__call__.remote(captions)).to_pylist()
+            assert ray.get(tally.total.remote()) == len(rows) == 30
+            ray.kill(asking)
 
 
 def test_asking_says_what_is_wrong_with_it():

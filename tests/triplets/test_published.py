@@ -79,7 +79,7 @@ def test_rows_become_triplets_or_have_a_reason():
         found[8][1] is None
     )
     reasons = [reason for _, reason in found]
-    assert sorted(map(str, (reasons[0], reasons[8]))) == ["None", published.DUPLICATE]
+    assert sorted(map(str, (reasons[0], reasons[8]))) == ["None", reply.DUPLICATE]
     assert reasons[1:8] == [
         reply.EMPTY_EDITED_CAPTION,
         reply.EMPTY_INSTRUCTION,
