@@ -90,10 +90,11 @@ CANDIDATES = pa.schema(
     ]
 )
 
-# Of pairs that were not generated but came from a user, in PAIRS and SCORES: caption, edited_caption
-# and caption_key are null where there was no caption, and triplet_key is then own_triplet_key();
-# index and recipe are null; seed, self_replace, guidance_scale and the similarities are null unless
-# the data brought them or a judge computed them; pair_key is own_pair_key(); writer is "own".
+# Of pairs that were not generated but came from a user, in PAIRS and SCORES: caption,
+# edited_caption and caption_key are null where there was no caption, and triplet_key is then
+# own_triplet_key(); index and recipe are null; seed, self_replace, guidance_scale and the
+# similarities are null unless the data brought them or a judge computed them; pair_key is
+# own_pair_key(); writer is "own".
 PAIRS = pa.schema(
     [
         ("pair_key", pa.string()),  # pair_key() of triplet, index and recipe
