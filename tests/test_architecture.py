@@ -18,7 +18,17 @@ LINES = (
         *("files", "distinct", "language"),
     },
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
-    {"pairs", "filtering", "rules", "export", "latents", "training", "checkpoint"},
+    {
+        "pairs",
+        "filtering",
+        "rules",
+        "layouts",
+        "own_pairs",
+        "export",
+        "latents",
+        "training",
+        "checkpoint",
+    },
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},
     {"storage"},

@@ -33,13 +33,16 @@ class TableShards:
         *,
         rows: int = SHARD_ROWS,
         size: int = SHARD_BYTES,
+        first: int = 0,
     ) -> None:
         self._uri, self._name, self._schema = uri, name, schema
         self._most_rows, self._most_bytes = rows, size
         self._parts: list[pa.Table] = []
         self._bytes = self._held = 0
-        self.rows = self.shards = 0
-        """How many were written, or are to be."""
+        self.rows = 0
+        """How many were told."""
+        self.shards = first
+        """The number of the next."""
 
     def add(self, table: pa.Table) -> None:
         """More rows, with at least the columns of the schema."""
