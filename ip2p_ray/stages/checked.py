@@ -53,7 +53,12 @@ CHUNK = 16
 
 
 def check_rows(
-    files: Iterable[Given], uri: str, config: OwnPairsConfig, judge: Clip | None
+    files: Iterable[Given],
+    uri: str,
+    config: OwnPairsConfig,
+    judge: Clip | None,
+    *,
+    shard_rows: int = CHECKED_ROWS,
 ) -> None:
     """Writes CHECKED at `uri`, from the row on that no shard holds yet.
 
@@ -63,7 +68,7 @@ def check_rows(
     began = told = time.monotonic()
     there = storage.list_shards(uri)
     done = sum(pq.read_metadata(storage.local_path(shard)).num_rows for shard in there)
-    shards = TableShards(uri, "checked", CHECKED, rows=CHECKED_ROWS, first=len(there))
+    shards = TableShards(uri, "checked", CHECKED, rows=shard_rows, first=len(there))
     rows = itertools.islice(files, done, None)
     with ThreadPoolExecutor(run.usable_cores()) as pool:
         for chunk in in_chunks(rows):

@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,16 +21,16 @@ import pyarrow as pa
 from ip2p_ray import storage
 from ip2p_ray.clip import Clip
 from ip2p_ray.errors import DatasetError, ImageError, StageError
-from ip2p_ray.filtering import select
 from ip2p_ray.layouts import Given, PairFiles
-from ip2p_ray.own_pairs import DUPLICATE, UNUSABLE, Groups, OwnPairsConfig, stored_picture
+from ip2p_ray.own_pairs import DUPLICATE, UNUSABLE, OwnPairsConfig, stored_picture
 from ip2p_ray.report import Report
 from ip2p_ray.rules import Rules, nothing_kept, reject_row
-from ip2p_ray.schema import PAIRS, REJECTS, SCORES, SIMILARITIES, caption_key
+from ip2p_ray.schema import PAIRS, REJECTS, SCORES, caption_key
 from ip2p_ray.stages import run
-from ip2p_ray.stages.checked import CHECKED, check_rows, in_chunks
+from ip2p_ray.stages.checked import check_rows, in_chunks
 from ip2p_ray.stages.filtering import SPLITS
-from ip2p_ray.stages.shards import TableShards, clear, read_tables, require_free
+from ip2p_ray.stages.shards import TableShards, clear, require_free
+from ip2p_ray.stages.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)
 
@@ -93,22 +93,22 @@ def collect_own_pairs(own: OwnPairs, folder: str, judge: Clip | None = None) -> 
 
 
 class _Rest:
-    """What is read off CHECKED: reasons and splits, then the datasets."""
+    """What is read off CHECKED by its verdicts."""
 
     def __init__(self, own: OwnPairs, checked: str) -> None:
         self._own, self._checked = own, checked
-        self._groups = Groups()
-        self._sizes = Counter[tuple[int, int]]()
-        self._reasons: list[str | None] | None = None
+        self._verdicts = Verdicts(checked, own.rules, own.held_out)
 
     def write_scores(self, uri: str) -> list[Report]:
         clear(uri)
-        rows = (row for row in self._rows() if row["pair_key"] and row["reason"] != DUPLICATE)
+        rows = (
+            row for row in self._verdicts.rows() if row["pair_key"] and row["reason"] != DUPLICATE
+        )
         shards = TableShards(uri, "scores", SCORES)
         tables = [SCORES.empty_table()]
         for part in in_chunks(rows, _READ):
             for row in part:
-                row["split"] = self._split(row)
+                row["split"] = self._verdicts.split(row)
             tables.append(
                 pa.Table.from_pylist(
                     [{name: row[name] for name in SCORES.names} for row in part], schema=SCORES
@@ -121,7 +121,7 @@ class _Rest:
     def write_rejects(self, uri: str) -> list[Report]:
         clear(uri)
         shards = TableShards(uri, "rejects", REJECTS)
-        dropped = (row for row in self._rows() if row["reason"] is not None)
+        dropped = (row for row in self._verdicts.rows() if row["reason"] is not None)
         for part in in_chunks(map(_reject, dropped), _READ):
             shards.add_rows(part)
         shards.close()
@@ -129,7 +129,7 @@ class _Rest:
 
     def require_enough(self, uris: Mapping[str, str]) -> None:
         """Fails where too many rows are unusable, or none is left."""
-        counts = Counter(self._all_reasons())
+        counts = Counter(self._verdicts.reasons)
         total = counts.total()
         bad = Counter({name: counts[name] for name in UNUSABLE if counts[name]})
         told = ", ".join(f"{reason} {count:,}" for reason, count in bad.most_common())
@@ -158,7 +158,7 @@ class _Rest:
         for own in shards.values():
             own.close()
         self._tell({split: own.rows for split, own in shards.items()})
-        return [Report.count("pairs", self._all_reasons(), time.monotonic() - began)]
+        return [Report.count("pairs", self._verdicts.reasons, time.monotonic() - began)]
 
     def _pair(self, both: tuple[dict[str, Any], Given]) -> dict[str, Any]:
         row, given = both
@@ -172,87 +172,35 @@ class _Rest:
         except ImageError as error:
             raise DatasetError(_changed(row["place"], self._checked)) from error
         key = caption_key(row["caption"]) if row["caption"] else None
-        return {**row, **pictures, "split": self._split(row), "caption_key": key, "writer": "own"}
+        return {
+            **row,
+            **pictures,
+            "split": self._verdicts.split(row),
+            "caption_key": key,
+            "writer": "own",
+        }
 
     def _with_pictures(self) -> Iterator[tuple[dict[str, Any], Given]]:
-        for row, given in itertools.zip_longest(self._rows(), self._own.files):
+        for row, given in itertools.zip_longest(self._verdicts.rows(), self._own.files):
             if row is None or given is None or row["place"] != given.place:
                 raise DatasetError(_changed((row or {}).get("place", "the end"), self._checked))
             if row["reason"] is None:
-                yield row, given
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of CHECKED with their final reasons; of repeated ones the first is kept."""
-        reasons = self._all_reasons()
-        rows = _read(self._checked)
-        first: dict[str, str] = {}
-        for row, reason in zip(rows, reasons, strict=True):
-            if reason == DUPLICATE:
-                row["detail"] = f"the same as {first[row['pair_key']]}"
-            elif row["pair_key"]:
-                first[row["pair_key"]] = row["place"]
-            yield {**row, "reason": reason}
-
-    def _all_reasons(self) -> list[str | None]:
-        """The reason of each row of CHECKED; knows the groups and sizes from then on."""
-        if self._reasons is None:
-            self._reasons = self._find_reasons()
-        return self._reasons
-
-    def _find_reasons(self) -> list[str | None]:
-        reasons: list[str | None] = []
-        seen: set[bytes] = set()
-        scored: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-        for number, row in enumerate(_read(self._checked)):
-            reasons.append(row["reason"])
-            if row["reason"] is not None:
-                continue
-            key = bytes.fromhex(row["pair_key"])
-            if key in seen:
-                reasons[-1] = DUPLICATE
-                continue
-            seen.add(key)
-            names = (row["source_digest"], row["edited_digest"], row["triplet_key"], row["group"])
-            self._groups.join(name for name in names if name is not None)
-            self._sizes[row["width"], row["height"]] += 1
-            if self._own.rules:
-                scores = {name: row[name] for name in SIMILARITIES}
-                scored.setdefault(row["triplet_key"], []).append((number, scores))
-        if self._own.rules:
-            _require_scores(scored)
-            for same in scored.values():
-                found = select(
-                    [scores for _, scores in same], self._own.rules.thresholds, self._own.rules.keep
-                )
-                for (number, _), reason in zip(same, found, strict=True):
-                    reasons[number] = reason
-        return reasons
-
-    def _split(self, row: Mapping[str, Any]) -> str:
-        return self._groups.split(row["source_digest"], self._own.held_out)
+                yield {**row, "split": self._verdicts.split(row)}, given
 
     def _tell(self, splits: Mapping[str, int]) -> None:
         """What has to be known before these pairs are trained on."""
         if not splits["train"] and self._own.held_out < 1:
             logger.warning("pairs: all of them are held out, since they share pictures or texts")
-        if len(self._sizes) > 1 and self._own.config.resolution is None:
-            size, count = self._sizes.most_common(1)[0]
+        sizes = self._verdicts.sizes
+        if len(sizes) > 1 and self._own.config.resolution is None:
+            size, count = sizes.most_common(1)[0]
             logger.warning(
                 "pairs: their pictures have %d sizes (%d have %d x %d); to encode and train on "
                 "them, bring them to one with --resolution",
-                len(self._sizes),
+                len(sizes),
                 count,
                 *size,
             )
-
-
-def _require_scores(scored: Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]]) -> None:
-    found = (scores for same in scored.values() for _, scores in same)
-    if scored and not any(value is not None for scores in found for value in scores.values()):
-        raise StageError(
-            "pairs: there are thresholds, but the data brought no similarities; name a CLIP model "
-            "with --judge"
-        )
 
 
 def _reject(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,11 +213,6 @@ def _reject(row: Mapping[str, Any]) -> dict[str, Any]:
         "reason": row["reason"],
         "detail": row["detail"],
     }
-
-
-def _read(checked: str) -> Iterator[dict[str, Any]]:
-    for table in read_tables(checked, CHECKED, rows=_READ):
-        yield from table.to_pylist()
 
 
 def _changed(place: str, checked: str) -> str:

@@ -241,7 +241,7 @@ def test_a_kill_anywhere_loses_nothing_and_leaves_nothing_half(folders, tmp_path
     write_scored(scored, candidates(4))
     truth = str(tmp_path / "truth")
     rejudge_pairs(scored, truth, OTHERS[0])
-    for event in itertools.count(0, 3):
+    for event in itertools.count(0, 5):
         out = str(tmp_path / f"killed-{event}")
         killed = killed_at(event, lambda out=out: rejudge_pairs(scored, out, OTHERS[0]))
         rejudge_pairs(scored, out, OTHERS[0])
