@@ -10,14 +10,13 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ip2p_ray import storage
-from ip2p_ray.clip import Clip
 from ip2p_ray.layouts import Given
 from ip2p_ray.own_pairs import OwnPairsConfig, Pictures, check
 from ip2p_ray.report import duration
@@ -25,6 +24,9 @@ from ip2p_ray.schema import SCORES, SIMILARITIES
 from ip2p_ray.stages import run
 from ip2p_ray.stages.progress import HEARTBEAT_S
 from ip2p_ray.stages.shards import TableShards
+
+if TYPE_CHECKING:  # it loads slowly, and most runs have no judge
+    from ip2p_ray.clip import Clip
 
 logger = logging.getLogger(__name__)
 

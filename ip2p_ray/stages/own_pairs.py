@@ -14,12 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from ip2p_ray import storage
-from ip2p_ray.clip import Clip
 from ip2p_ray.errors import DatasetError, ImageError, StageError
 from ip2p_ray.layouts import Given, PairFiles
 from ip2p_ray.own_pairs import DUPLICATE, UNUSABLE, OwnPairsConfig, stored_picture
@@ -31,6 +30,9 @@ from ip2p_ray.stages.checked import check_rows, in_chunks
 from ip2p_ray.stages.filtering import SPLITS
 from ip2p_ray.stages.shards import TableShards, clear, require_free
 from ip2p_ray.stages.verdicts import Verdicts
+
+if TYPE_CHECKING:  # it loads slowly, and most runs have no judge
+    from ip2p_ray.clip import Clip
 
 logger = logging.getLogger(__name__)
 
@@ -172,13 +174,7 @@ class _Rest:
         except ImageError as error:
             raise DatasetError(_changed(row["place"], self._checked)) from error
         key = caption_key(row["caption"]) if row["caption"] else None
-        return {
-            **row,
-            **pictures,
-            "split": self._verdicts.split(row),
-            "caption_key": key,
-            "writer": "own",
-        }
+        return {**row, **pictures, "caption_key": key, "writer": "own"}
 
     def _with_pictures(self) -> Iterator[tuple[dict[str, Any], Given]]:
         for row, given in itertools.zip_longest(self._verdicts.rows(), self._own.files):
