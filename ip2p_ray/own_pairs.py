@@ -81,7 +81,7 @@ class OwnPairsConfig:
 def check(given: Given, config: OwnPairsConfig) -> tuple[dict[str, Any], Pictures | None]:
     """What is known of the row, with the reason to drop it; and its pictures unless it is dropped.
 
-    The pictures are RGB, upright and of the size in which they are stored.
+    The pictures are RGB, upright and of the size in which they came.
     """
     row: dict[str, Any] = dict.fromkeys((*_DRAWS, *SIMILARITIES), None)
     row |= {name: _number(given.made_with.get(name)) for name in row}
@@ -113,7 +113,7 @@ def check(given: Given, config: OwnPairsConfig) -> tuple[dict[str, Any], Picture
     row |= dict(zip(("source_plain", "edited_plain"), plain, strict=True))
     row |= {"source_digest": pixel_digest(source), "edited_digest": pixel_digest(edited)}
     row |= _keys(row)
-    return row, (_fitted(source, config), _fitted(edited, config))
+    return row, (source, edited)
 
 
 def stored_picture(
@@ -131,8 +131,16 @@ def stored_picture(
     if config.resolution is not None or not plain:
         image = decode_image(data)
         if not plain or image.size != (config.resolution, config.resolution):
-            data = encode_png(_fitted(image, config))
+            data = encode_png(fitted(image, config))
     return {"bytes": data, "path": None}
+
+
+def fitted(image: Image.Image, config: OwnPairsConfig) -> Image.Image:
+    """The picture in the size in which it is stored."""
+    size = config.resolution
+    if size is None or image.size == (size, size):
+        return image
+    return fit_image(image, (size, size))
 
 
 def pixel_digest(image: Image.Image) -> str:
@@ -188,13 +196,6 @@ def _bytes(picture: bytes | Path | None) -> bytes:
     if size > MAX_BYTES:
         raise LargeImageError(f"{picture} has {size:,} bytes, at most {MAX_BYTES:,} are accepted")
     return data
-
-
-def _fitted(image: Image.Image, config: OwnPairsConfig) -> Image.Image:
-    size = config.resolution
-    if size is None or image.size == (size, size):
-        return image
-    return fit_image(image, (size, size))
 
 
 def _keys(row: dict[str, Any]) -> dict[str, str]:

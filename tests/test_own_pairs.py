@@ -15,7 +15,14 @@ from ip2p_ray import own_pairs
 from ip2p_ray.errors import ConfigError, ImageError
 from ip2p_ray.images import decode_image
 from ip2p_ray.layouts import Given
-from ip2p_ray.own_pairs import Groups, OwnPairsConfig, check, pixel_digest, stored_picture
+from ip2p_ray.own_pairs import (
+    Groups,
+    OwnPairsConfig,
+    check,
+    fitted,
+    pixel_digest,
+    stored_picture,
+)
 from ip2p_ray.schema import SIMILARITIES, own_triplet_key, triplet_key
 
 CONFIG = OwnPairsConfig(min_side=16)
@@ -172,11 +179,12 @@ def test_only_what_would_read_differently_is_encoded_anew(data, plain):
 
 def test_a_resolution_brings_both_pictures_to_it_and_leaves_those_that_have_it():
     config = OwnPairsConfig(min_side=16, resolution=16)
-    found, (source, edited) = check(row(), config)
-    assert source.size == edited.size == (16, 16)
+    found, (source, _) = check(row(), config)
     assert found["source_digest"] == pixel_digest(pixels(0)), "a key does not depend on it"
     stored = stored_picture(encoded(pixels(0)), plain=True, config=config)["bytes"]
-    assert pixel_digest(decode_image(stored)) == pixel_digest(source)
+    small = fitted(source, config)
+    assert small.size == (16, 16)
+    assert pixel_digest(decode_image(stored)) == pixel_digest(small)
     exact = encoded(pixels(0, (16, 16)), "JPEG")
     assert stored_picture(exact, plain=True, config=config)["bytes"] == exact
 

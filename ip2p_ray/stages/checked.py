@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from ip2p_ray import storage
 from ip2p_ray.layouts import Given
-from ip2p_ray.own_pairs import OwnPairsConfig, Pictures, check
+from ip2p_ray.own_pairs import OwnPairsConfig, Pictures, check, fitted
 from ip2p_ray.report import duration
 from ip2p_ray.schema import SCORES, SIMILARITIES
 from ip2p_ray.stages import run
@@ -90,7 +90,10 @@ def _checked(
 ) -> tuple[dict[str, Any], Pictures | None]:
     row, pictures = check(given, config)
     row = {**dict.fromkeys(CHECKED.names), **row}
-    return row, pictures if judge else None  # else they would pile up for nothing
+    if pictures is None or judge is None:
+        return row, None  # without a judge they would pile up for nothing
+    source, edited = pictures
+    return row, (fitted(source, config), fitted(edited, config))
 
 
 def _judge(judge: Clip, found: Sequence[tuple[dict[str, Any], Pictures | None]]) -> None:
