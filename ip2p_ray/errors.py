@@ -3,6 +3,7 @@
 Ip2pError
 |-- ConfigError    a setting or an argument is wrong
 |-- ImageError     the bytes of one image cannot be used; a stage makes a reject of it
+|   `-- LargeImageError  they would decode to more pixels than are accepted
 |-- ModelError     a weights folder is missing or broken; names it
 |-- DatasetError   a dataset is missing, incomplete or of another schema; names it
 |-- ReplyError     one caption got no reply; a stage makes a reject of it
@@ -26,6 +27,10 @@ class ConfigError(Ip2pError, ValueError):
 
 class ImageError(Ip2pError, ValueError):
     """One image cannot be decoded or is too large; the text says why."""
+
+
+class LargeImageError(ImageError):
+    """One image has more pixels than are accepted; by its header, nothing was decoded."""
 
 
 class ModelError(Ip2pError):

@@ -77,20 +77,25 @@ def read_rows(path: Path, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]
     return (row for _, row in read_numbered(path, names))
 
 
-def read_numbered(path: Path, names: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The same with the number of the line on which each row ends; of Parquet, of the row."""
+def read_numbered(
+    path: Path, names: Sequence[str] = (), *, batch: int = _BATCH
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The same with the number of the line on which each row ends; of Parquet, of the row.
+
+    `batch` rows of Parquet are in memory at a time; few, where they hold pictures.
+    """
     if _suffix(path) not in _KINDS:
         raise DatasetError(f"{path} is of no known kind; known are {', '.join(_KINDS)}")
     reader = _LINES.get(_suffix(path))
     with _told(path):
-        yield from reader(path) if reader else _read_parquet(path, names)
+        yield from reader(path) if reader else _read_parquet(path, names, batch)
 
 
-def _read_parquet(path: Path, names: Sequence[str]) -> Iterator[Numbered]:
+def _read_parquet(path: Path, names: Sequence[str], rows: int) -> Iterator[Numbered]:
     # Without pre_buffer a row group is not read whole before its first batch comes out.
     count = 0
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-        for batch in file.iter_batches(_BATCH, columns=list(names), use_threads=False):
+        for batch in file.iter_batches(rows, columns=list(names), use_threads=False):
             yield from enumerate(batch.to_pylist(), start=count + 1)
             count += len(batch)
 

@@ -6,6 +6,7 @@ reference code has 0.7 for the image threshold where the paper has 0.75; it is a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -35,43 +36,53 @@ class Thresholds:
             if not -1.0 <= value <= 1.0:
                 raise ConfigError(f"threshold {field.name} is a cosine in [-1, 1], got {value}")
 
+    def least(self) -> dict[str, float]:
+        """The threshold of each of the four similarities, by its name."""
+        return {
+            "caption_similarity": self.text,
+            "edited_caption_similarity": self.text,
+            "image_similarity": self.image,
+            "direction_similarity": self.direction,
+        }
 
-def least_similarities(thresholds: Thresholds) -> dict[str, float]:
-    """The least that each similarity has to be, in the order in which they are asked about."""
-    return {
-        "caption_similarity": thresholds.text,
-        "edited_caption_similarity": thresholds.text,
-        "image_similarity": thresholds.image,
-        "direction_similarity": thresholds.direction,
-    }
 
-
-def rejection(scores: Mapping[str, float], thresholds: Thresholds) -> str | None:
+def rejection(scores: Mapping[str, float | None], thresholds: Thresholds) -> str | None:
     """The first similarity that falls short of its threshold, None when all suffice.
 
-    A similarity that is not a number falls short.
+    A similarity that is not a number falls short; one that is None, because there was no caption
+    to compute it with, is not asked for.
     """
-    for name, threshold in least_similarities(thresholds).items():
-        if not scores[name] >= threshold:
+    for name, threshold in thresholds.least().items():
+        score = scores[name]
+        if score is not None and not score >= threshold:
             return name
     return None
 
 
 def select(
-    rows: Sequence[Mapping[str, float]], thresholds: Thresholds, keep: int = 4
+    rows: Sequence[Mapping[str, float | None]], thresholds: Thresholds, keep: int | None = 4
 ) -> list[str | None]:
     """The reason of each candidate of one triplet, None where it is kept.
 
-    Of those that pass, the `keep` with the highest direction_similarity are kept; equal ones in
-    the order of `index` (of the row where it has none).
+    Of those that pass, the `keep` with the highest direction_similarity are kept (all of them
+    without a `keep`, and the ones without a direction last); equal ones in the order of `index`
+    (of the row where it has none).
     """
+    if keep is None:
+        keep = max(1, len(rows))
     if keep < 1:
         raise ConfigError(f"keep is at least 1, got {keep}")
     reasons = [rejection(row, thresholds) for row in rows]
     passed = [place for place, reason in enumerate(reasons) if reason is None]
-    passed.sort(
-        key=lambda place: (-rows[place]["direction_similarity"], rows[place].get("index", place))
-    )
+
+    def rank(place: int) -> tuple[float, float]:
+        direction, index = rows[place]["direction_similarity"], rows[place].get("index")
+        return (
+            math.inf if direction is None else -direction,
+            place if index is None else index,
+        )
+
+    passed.sort(key=rank)
     for place in passed[keep:]:
         reasons[place] = NOT_BEST
     return reasons

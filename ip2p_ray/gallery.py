@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
-from ip2p_ray.filtering import least_similarities
 from ip2p_ray.report import Report, duration
 from ip2p_ray.triplets.quality import Quality
 
@@ -159,7 +158,7 @@ def pairs_page(
     `report` is `Report.as_dict`, `shares` the kept share by self_replace, and `galleries` are by
     title and note.
     """
-    least = least_similarities(config.thresholds)
+    least = config.thresholds.least()
     return _template(PAIRS_TEMPLATE).render(
         report=report,
         device_seconds=device_seconds,

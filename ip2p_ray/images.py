@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ip2p_ray.errors import ConfigError, ImageError
+from ip2p_ray.errors import ConfigError, ImageError, LargeImageError
 
 MAX_PIXELS = 50_000_000
 """Pixels of the largest image that is decoded by default (150 MB as RGB)."""
@@ -37,18 +37,31 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     and of an animation the first frame is taken. Colour profiles are not applied.
 
     Raises:
-        ImageError: more than `max_pixels` by its header (before any pixel is decoded), not an
-            image in one of FORMATS, cut short or broken, or of floating-point values.
+        LargeImageError: more than `max_pixels` by its header, before any pixel is decoded.
+        ImageError: not an image in one of FORMATS, cut short or broken, or of floating-point
+            values.
+    """
+    return decode_stored(data, max_pixels=max_pixels)[0]
+
+
+def decode_stored(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
+    """What `decode_image` makes of the bytes, and whether they may be stored as they are.
+
+    That is so of JPEG and PNG files of upright RGB without transparency: whatever reads them
+    finds the same pixels.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _refuse_large(image, max_pixels)
             image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            plain = image.format in ("JPEG", "PNG") and image.mode == "RGB"
+            plain = plain and not image.has_transparency_data
+            plain = plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            return _rgb(ImageOps.exif_transpose(image)), plain
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{error}; at most {max_pixels} are accepted") from error
+        raise LargeImageError(f"{error}; at most {max_pixels} are accepted") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
         cause = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(
@@ -140,7 +153,7 @@ def _formats() -> list[str]:
 def _refuse_large(image: Image.Image, max_pixels: int) -> None:
     pixels = image.width * image.height
     if pixels > max_pixels:
-        raise ImageError(
+        raise LargeImageError(
             f"the image has {image.width} x {image.height} = {pixels} pixels, "
             f"at most {max_pixels} are accepted; send a smaller one"
         )

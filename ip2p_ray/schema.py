@@ -91,6 +91,11 @@ CANDIDATES = pa.schema(
     ]
 )
 
+# Of pairs that were not generated but came from a user, in PAIRS and SCORES: caption,
+# edited_caption and caption_key are null where there was no caption, and triplet_key is then
+# own_triplet_key(); index and recipe are null; seed, self_replace, guidance_scale and the
+# similarities are null unless the data brought them or a judge computed them; pair_key is
+# own_pair_key(); writer is "own".
 PAIRS = pa.schema(
     [
         ("pair_key", pa.string()),  # pair_key() of triplet, index and recipe
@@ -134,7 +139,7 @@ LATENTS = pa.schema(
 REJECTS = pa.schema(
     [
         ("stage", pa.string()),  # the dataset that the row would have belonged to
-        ("key", pa.string()),  # key of the row that was dropped
+        ("key", pa.string()),  # key of the row that was dropped; its place where it has none
         ("reason", pa.string()),  # snake_case, counted in the report
         ("detail", pa.string()),  # the text, reply or message that shows why; may be null
     ]
@@ -170,6 +175,16 @@ def triplet_key(caption: str, instruction: str, edited_caption: str) -> str:
 def pair_key(triplet_key: str, index: int, recipe: str) -> str:
     """32 hex digits that identify candidate number `index` of a triplet under a recipe."""
     return _hash("pair", triplet_key, index, recipe, size=16).hex()
+
+
+def own_pair_key(source: str, instruction: str, edited: str) -> str:
+    """32 hex digits that identify a user's own pair by the digests of its pictures."""
+    return _hash("own_pair", source, instruction, edited, size=16).hex()
+
+
+def own_triplet_key(source: str, instruction: str) -> str:
+    """What stands for the triplet key where there are no captions: the source and what is asked."""
+    return _hash("own_triplet", source, instruction, size=16).hex()
 
 
 def recipe(config: Any, *fingerprints: str) -> str:

@@ -21,6 +21,7 @@ LINES = (
     {
         *("candidates", "pairs", "generator", "filtering", "search"),
         *("latents", "training", "checkpoint"),
+        *("rules", "layouts", "own_pairs", "export"),
     },
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},

@@ -25,3 +25,4 @@ def test_every_error_is_ours_and_is_drawn_in_the_tree(error):
 def test_wrong_arguments_are_value_errors():
     assert issubclass(errors.ConfigError, ValueError)
     assert issubclass(errors.ImageError, ValueError)
+    assert issubclass(errors.LargeImageError, errors.ImageError)

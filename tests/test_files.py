@@ -132,3 +132,10 @@ def test_paths_that_hold_nothing_are_named(tmp_path):
     (tmp_path / "a.pdf").write_bytes(b"")
     with pytest.raises(DatasetError, match="no known kind"):
         files.files_of([tmp_path / "a.pdf"])
+
+
+def test_rows_with_pictures_are_read_a_few_at_a_time(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet")
+    for batch in (1, 2, 100):
+        rows = files.read_numbered(path, ["caption"], batch=batch)
+        assert list(rows) == [(n, {"caption": row["caption"]}) for n, row in enumerate(ROWS, 1)]

@@ -69,6 +69,20 @@ def test_what_is_kept_passes_and_is_at_least_as_good_as_what_is_not(scores, keep
         assert worst >= max(row["direction_similarity"] for row in beaten)
 
 
+def test_what_could_not_be_computed_is_not_asked_for():
+    assert rejection(dict.fromkeys(SIMILARITIES), Thresholds()) is None
+    image_only = {**dict.fromkeys(SIMILARITIES), "image_similarity": 0.5}
+    assert rejection(image_only, Thresholds()) == "image_similarity"
+    rows = [{**GOOD, "direction_similarity": value, "index": None} for value in (None, 0.3, None)]
+    assert select(rows, Thresholds(), keep=2) == [None, None, NOT_BEST]
+
+
+def test_without_a_number_to_keep_all_that_pass_are_kept():
+    rows = [GOOD] * 9 + [{**GOOD, "image_similarity": 0.1}]
+    assert select(rows, Thresholds(), keep=None) == [None] * 9 + ["image_similarity"]
+    assert select([], Thresholds(), keep=None) == []
+
+
 def test_no_candidates_give_no_reasons():
     assert select([], Thresholds()) == []
 

@@ -14,6 +14,7 @@ from PIL import Image
 from ip2p_ray.errors import ConfigError, ImageError
 from ip2p_ray.images import (
     decode_image,
+    decode_stored,
     edit_size,
     encode_png,
     fit_image,
@@ -240,3 +241,29 @@ def test_fitting_cuts_the_longer_side_equally():
     assert np.array_equal(np.asarray(fitted), np.broadcast_to((0, 0, 255), (10, 10, 3)))
     same = to_pil(picture())
     assert np.array_equal(np.asarray(fit_image(same, same.size)), picture())
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "stored"),
+    [
+        ("PNG", "RGB", True),
+        ("JPEG", "RGB", True),
+        ("BMP", "RGB", False),
+        ("PNG", "RGBA", False),
+        ("PNG", "L", False),
+        ("JPEG", "CMYK", False),
+    ],
+)
+def test_files_that_read_the_same_everywhere_may_be_stored(kind, mode, stored):
+    data = encoded(Image.fromarray(picture()).convert(mode), kind)
+    image, may_be = decode_stored(data)
+    assert may_be is stored
+    assert image.tobytes() == decode_image(data).tobytes()
+
+
+def test_a_picture_that_lies_on_its_side_may_not_be_stored():
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(Image.fromarray(picture()), "PNG", exif=exif)
+        assert decode_stored(data)[1] is (orientation == 1)

@@ -42,6 +42,12 @@ def test_keys_and_seeds_are_what_they_always_were():
     assert schema.stream_seed(0, 1, "noise") == 6056945191373716407
 
 
+def test_keys_of_own_pairs_are_what_they_always_were():
+    assert schema.own_pair_key("00", "make it red", "01") == "3111367637f3ee26bd9b05538cb681fd"
+    assert schema.own_triplet_key("00", "make it red") == "a2b45883083481ccaa9fdcb78d4a7e19"
+    assert schema.own_pair_key("ab", "c", "d") != schema.own_pair_key("a", "bc", "d")
+
+
 @given(st.tuples(TEXTS, TEXTS, TEXTS), st.tuples(TEXTS, TEXTS, TEXTS))
 def test_triplet_keys_are_equal_only_for_equal_texts(left, right):
     assert (schema.triplet_key(*left) == schema.triplet_key(*right)) == (left == right)

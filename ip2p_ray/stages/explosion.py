@@ -18,7 +18,7 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.errors import StageError
-from ip2p_ray.filtering import NOT_BEST, Thresholds, least_similarities
+from ip2p_ray.filtering import NOT_BEST, Thresholds
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CANDIDATES, PAIRS, REJECTS, SCORES, pair_key
 from ip2p_ray.stages import plan, run
@@ -155,7 +155,7 @@ def _report(scores: str, seconds: float) -> Report:
 
 
 def _nothing_kept(report: Report, thresholds: Thresholds, scores: str) -> str:
-    least = least_similarities(thresholds)
+    least = thresholds.least()
     counts = ", ".join(
         f"{count:,} by {reason}" + (f" below {least[reason]:g}" if reason in least else "")
         for reason, count in report.rejected.items()

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ip2p_ray import storage
-from ip2p_ray.filtering import least_similarities
 from ip2p_ray.gallery import Bins, ShownCandidate, pairs_page
 from ip2p_ray.pairs import PairConfig
 from ip2p_ray.schema import SCORES, SIMILARITIES
@@ -49,8 +48,7 @@ def write_page(folder: str, config: PairConfig) -> None:
         report=storage.read_manifest(storage.join(folder, "pairs")).reports[-1],
         device_seconds=_device_seconds(folder),
         histograms={
-            name: _coarse(counts[name], least)
-            for name, least in least_similarities(config.thresholds).items()
+            name: _coarse(counts[name], least) for name, least in config.thresholds.least().items()
         },
         shares=_points(shares, config.self_replace),
         galleries={
@@ -94,7 +92,7 @@ def _chosen(
         table = pq.read_table(shard, schema=SCORES)
         margins = [
             pc.subtract(table[name], pa.scalar(least, pa.float32()))
-            for name, least in least_similarities(config.thresholds).items()
+            for name, least in config.thresholds.least().items()
         ]
         table = table.append_column("margin", pc.min_element_wise(*margins)).cast(columns)
         kept = pc.is_null(table["reason"])

@@ -1,0 +1,161 @@
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tyro
+from PIL import Image
+
+from ip2p_ray import storage
+from ip2p_ray.miniature.weights import WEIGHTS
+from ip2p_ray.schema import PAIRS, SCORES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+JOB = ROOT / "jobs" / "filter_pairs.py"
+
+FLAGS = {
+    "--scores",
+    "--input",
+    "--out",
+    "--export",
+    "--text",
+    "--image",
+    "--direction",
+    "--keep",
+    "--judge",
+    "--device",
+    "--resolution",
+    "--min-side",
+    "--held-out",
+    "--max-reject-share",
+}
+"""Public: a flag that goes away, or changes its name, breaks somebody's command."""
+
+
+def run_job(*arguments):
+    return subprocess.run(
+        [sys.executable, str(JOB), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "400"},  # no sentence is broken by the frame around it
+    )
+
+
+def encoded(seed, size=64):
+    levels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(levels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A published file of 12 pairs, one of which is broken."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    names = ("original_image", "edit_prompt", "edited_image")
+    rows = []
+    for number in range(12):
+        pictures = (encoded(2 * number), encoded(2 * number + 1)[: 60 if number == 5 else None])
+        source, edited = ({"bytes": data, "path": None} for data in pictures)
+        rows.append(dict(zip(names, (source, f"make it {number}", edited), strict=True)))
+    kinds = (image, pa.string(), image)
+    schema = pa.schema(list(zip(names, kinds, strict=True)))
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "mine.parquet")
+    return tmp_path / "mine.parquet"
+
+
+def test_the_flags_are_those_that_were_promised():
+    done = run_job("--help")
+    assert done.returncode == 0
+    assert set(re.findall(r"--[a-z][a-z-]+", done.stdout)) - {"--help"} == FLAGS
+
+
+def ask(*arguments):
+    """What the command line makes of the arguments, in this process."""
+    from jobs.filter_pairs import FilterPairs
+
+    return tyro.cli(FilterPairs, args=[str(argument) for argument in arguments])
+
+
+def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path, mine, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    there, out = tmp_path, ("--out", tmp_path / "out")
+    for arguments, told in (
+        ([], "give either --scores or --input"),
+        (["--scores", there, "--input", mine, *out], "give either --scores or --input"),
+        (["--scores", there], "give --out for pairs judged again, or --export, or both"),
+        (["--input", mine], "--input needs --out"),
+        (["--scores", tmp_path / "none", *out], "none: there is no such folder"),
+        (["--input", tmp_path / "none.csv", *out], "none.csv: there is no such file or folder"),
+        (["--input", "s3://bucket/a.csv", *out], "only local files can be read"),
+        (["--scores", there, *out, "--image", "75"], "--image is a cosine in [-1, 1]"),
+        (["--scores", there, *out, "--keep", "0"], "--keep is at least 1"),
+        (["--scores", there, *out, "--judge", "x"], "--judge is only for --input"),
+        (["--scores", there, *out, "--held-out", "0"], "--held-out is only for --input"),
+        (["--scores", there, "--export", tmp_path / "e", "--image", "0"], "by --out"),
+        (["--input", mine, *out, "--resolution", "100"], "--resolution is a multiple of 8"),
+        (["--input", mine, *out, "--min-side", "0"], "--min-side is at least 1"),
+        (["--input", mine, *out, "--max-reject-share", "2"], "--max-reject-share lies in [0, 1]"),
+        (["--scores", there, "--out", there], "is what --scores names; give another folder"),
+        (["--input", mine, *out, "--export", tmp_path / "out"], "is what --out names"),
+        (["--input", mine, "--out", mine], "is a file; give a folder"),
+        (["--input", mine, *out, "--device", "tpu"], "--device"),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            ask(*arguments)
+        assert raised.value.code == 2, arguments
+        assert told in capsys.readouterr().err
+    done = run_job("--input", mine)
+    assert done.returncode == 2
+    assert "--input needs --out" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_own_pairs_are_judged_judged_again_and_exported(tmp_path, mine):
+    out, again, published = (tmp_path / name for name in ("out", "again", "published"))
+    judged = ("--judge", WEIGHTS / "judge", "--image", "-1", "--held-out", "0.3")
+    done = run_job("--input", mine, "--out", out, *judged, "--export", published)
+    assert done.returncode == 0, done.stderr
+    assert "lowest similarities: text 0.2, image -1, direction 0.2\n" in done.stdout
+    assert "pairs: kept 11 of 12 (92 %); rejected image_broken 1" in done.stdout
+    assert f"filter_pairs: {out / 'pairs'} has 11 pairs\n" in done.stdout
+    assert done.stdout.endswith(f"{published} has 11 pairs in the published form\n")
+    scores = storage.read_dataset(out / "scores", SCORES)["image_similarity"].to_pylist()
+    middle = sorted(scores)[6]
+    done = run_job("--scores", out, "--out", again, "--image", middle)
+    assert done.returncode == 0, done.stderr
+    kept = sum(score >= middle for score in scores)
+    assert f"{again / 'pairs'} has {kept} pairs\n" in done.stdout
+    rows = storage.read_dataset(again / "pairs", PAIRS).to_pylist()
+    assert len(rows) == kept
+    other = run_job("--scores", again, "--export", tmp_path / "smaller")
+    assert other.returncode == 0, other.stderr
+    assert f"has {kept} pairs in the published form" in other.stdout
+
+
+def test_what_is_wrong_with_the_data_is_one_sentence_and_status_1(tmp_path, mine):
+    out = tmp_path / "out"
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("caption,url\na cat,u\n")
+    for arguments, told in (
+        (["--input", wrong, "--out", out], f"{wrong} holds no pairs: it has caption, url"),
+        (["--input", mine, "--out", out, "--judge", "nowhere"], "CLIP folder nowhere does not"),
+        (
+            ["--input", mine, "--out", tmp_path / "few", "--max-reject-share", "0.05"],
+            "1 of 12 rows are unusable, more than a share of 0.05: image_broken 1",
+        ),
+    ):
+        done = run_job(*arguments)
+        assert done.returncode == 1, arguments
+        assert done.stderr.startswith("filter_pairs: ")
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1
