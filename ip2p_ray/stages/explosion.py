@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,27 +18,23 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.errors import StageError
-from ip2p_ray.filtering import NOT_BEST, Thresholds
 from ip2p_ray.report import Report
+from ip2p_ray.rules import Rules, nothing_kept, reject_row
 from ip2p_ray.schema import CANDIDATES, PAIRS, REJECTS, SCORES, pair_key
 from ip2p_ray.stages import plan, run
-from ip2p_ray.stages.queue import clear
+from ip2p_ray.stages.shards import TableShards, clear
 
-SHARD_ROWS = 20_000
-"""Of scores and rejects."""
-
-SHARD_PAIRS = 1024
-"""Of pairs, whose rows hold pictures."""
+SPLITS = ("train", "held_out")
 
 _IMAGES = ("source_image", "edited_image")
 _CANDIDATE = [field.name for field in CANDIDATES.field("candidates").type.value_type]
 _TASKS = 8  # that run at the same time
 
 
-def explode(folder: str, thresholds: Thresholds, made: storage.Manifest) -> storage.Manifest:
+def explode(folder: str, rules: Rules, made: storage.Manifest) -> storage.Manifest:
     """The dataset `<folder>/pairs`, with scores and rejects/pairs, of `<folder>/candidates`.
 
-    `made` is the manifest of the candidates, judged by the thresholds.
+    `made` is the manifest of the candidates, judged by the rules.
 
     Raises:
         StageError: no candidate was accepted; the text says which threshold rejected how many.
@@ -55,10 +51,11 @@ def explode(folder: str, thresholds: Thresholds, made: storage.Manifest) -> stor
         return []
 
     def write_pairs() -> list[Report]:
-        report = _report(scores, made.wall_seconds)
-        if not report.rows_out:
-            raise StageError(_nothing_kept(report, thresholds, scores))
-        return [*write(pairs, _write_pairs), report]
+        counts = _counts(scores)
+        if not counts[None]:
+            raise StageError(nothing_kept(counts, rules, scores))
+        write(pairs, _write_pairs)
+        return [Report.count("pairs", counts.elements(), made.wall_seconds)]
 
     run.make(scores, origin("scores"), lambda: write(scores, _write_scores))
     run.make(rejects, origin("rejects"), lambda: write(rejects, _write_rejects))
@@ -104,18 +101,22 @@ def _each_part(write_part: Callable[..., None], candidates: str, target: str) ->
 
 def _write_scores(shards: list[str], part: str, target: str) -> None:
     tables = (exploded(shard, images=False) for shard in shards)
-    _write(target, f"scores-{part}", SCORES, tables, SHARD_ROWS)
+    _write(TableShards(target, f"scores-{part}", SCORES), tables)
 
 
 def _write_rejects(shards: list[str], part: str, target: str) -> None:
     tables = (_rejects(exploded(shard, images=False)) for shard in shards)
-    _write(target, f"rejects-{part}", REJECTS, tables, SHARD_ROWS)
+    _write(TableShards(target, f"rejects-{part}", REJECTS), tables)
 
 
 def _write_pairs(shards: list[str], part: str, target: str) -> None:
-    for split in ("train", "held_out"):
-        kept = (_kept(exploded(shard), split) for shard in shards)
-        _write(target, f"{split}-{part}", PAIRS, kept, SHARD_PAIRS)
+    written = {split: TableShards(target, f"{split}-{part}", PAIRS) for split in SPLITS}
+    for shard in shards:
+        table = exploded(shard)
+        for split, kept in written.items():
+            kept.add(_kept(table, split))
+    for kept in written.values():
+        kept.close()
 
 
 def _kept(table: pa.Table, split: str) -> pa.Table:
@@ -125,42 +126,18 @@ def _kept(table: pa.Table, split: str) -> pa.Table:
 
 def _rejects(table: pa.Table) -> pa.Table:
     table = table.filter(pc.is_valid(table["reason"]))
-    return pa.Table.from_pylist([_reject(row) for row in table.to_pylist()], schema=REJECTS)
+    return pa.Table.from_pylist([reject_row(row) for row in table.to_pylist()], schema=REJECTS)
 
 
-def _reject(row: Mapping[str, Any]) -> dict[str, Any]:
-    reason = row["reason"]
-    value = row.get("direction_similarity" if reason == NOT_BEST else reason)
-    detail = None if value is None else f"{value:.3f}"
-    return {"stage": "pairs", "key": row["pair_key"], "reason": reason, "detail": detail}
-
-
-def _write(uri: str, prefix: str, schema: pa.Schema, tables: Iterator[pa.Table], most: int) -> None:
-    """Shards of at most so many rows; one even where there are no rows."""
-    number, waiting = 0, schema.empty_table()
+def _write(shards: TableShards, tables: Iterator[pa.Table]) -> None:
     for table in tables:
-        waiting = pa.concat_tables([waiting, table.select(schema.names).cast(schema)])
-        while len(waiting) >= most:
-            storage.write_shard(uri, f"{prefix}-{number:05d}", waiting.slice(0, most))
-            number, waiting = number + 1, waiting.slice(most)
-    if len(waiting) or not number:
-        storage.write_shard(uri, f"{prefix}-{number:05d}", waiting)
+        shards.add(table)
+    shards.close()
 
 
-def _report(scores: str, seconds: float) -> Report:
+def _counts(scores: str) -> Counter[str | None]:
+    """Candidates by the reason why they were rejected; None for those that were kept."""
     counts = Counter[str | None]()
     for shard in plan.shards(scores):
         counts.update(pq.read_table(shard, columns=["reason"])["reason"].to_pylist())
-    return Report.count("pairs", counts.elements(), seconds)
-
-
-def _nothing_kept(report: Report, thresholds: Thresholds, scores: str) -> str:
-    least = thresholds.least()
-    counts = ", ".join(
-        f"{count:,} by {reason}" + (f" below {least[reason]:g}" if reason in least else "")
-        for reason, count in report.rejected.items()
-    )
-    return (
-        f"pairs: none of {report.rows_in:,} candidates was accepted: {counts}. Their scores are in "
-        f"{scores}; generate more candidates or lower that threshold"
-    )
+    return counts

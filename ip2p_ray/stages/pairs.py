@@ -20,6 +20,7 @@ from ip2p_ray.errors import ConfigError
 from ip2p_ray.generator import GeneratorWeights, Holding
 from ip2p_ray.pairs import PairConfig
 from ip2p_ray.report import Report
+from ip2p_ray.rules import Rules
 from ip2p_ray.schema import CANDIDATES
 from ip2p_ray.search.options import SearchConfig, search_recipe
 from ip2p_ray.stages import plan, run
@@ -117,7 +118,7 @@ def generate_pairs(
         return []
 
     made = run.make(candidates, origin, generate)
-    pairs = explode(folder, config.thresholds, made)
+    pairs = explode(folder, Rules(thresholds=config.thresholds, keep=config.keep), made)
     write_page(folder, config)
     return pairs
 

@@ -18,6 +18,7 @@ from ip2p_ray.report import Report
 from ip2p_ray.schema import REJECTS, TRIPLETS, triplet_key
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.captions import Shards
+from ip2p_ray.stages.shards import clear
 
 PART_TRIPLETS = 16_384
 """Triplets of a part."""
@@ -147,9 +148,3 @@ def _write_rejects(triplets: str, reasons: list[str | None], rejects: str) -> No
         key = row["triplet_key"] or ""
         shards.add({"stage": "pairs", "key": key, "reason": reason, "detail": texts})
     shards.close()
-
-
-def clear(uri: str) -> None:
-    """Removes what a killed run left of a dataset that is written anew."""
-    for shard in storage.list_shards(uri):
-        storage.local_path(shard).unlink()

@@ -65,15 +65,3 @@ def test_images_are_read_only_where_they_are_wanted(shard):
 def test_only_some_triplets(shard):
     assert explosion.exploded(shard, only=["c"])["triplet_key"].to_pylist() == ["c", "c"]
     assert not explosion.exploded(shard, only=["x"]).num_rows
-
-
-def test_rows_are_cut_into_shards_and_no_rows_are_one(tmp_path):
-    schema = pa.schema([("n", pa.int64())])
-    tables = [pa.table({"n": list(range(5))}), pa.table({"n": [5, 6, 7]})]
-    explosion._write(str(tmp_path / "some"), "x", schema, iter(tables), 3)
-    some = storage.list_shards(str(tmp_path / "some"))
-    found = [storage.pq.read_table(place)["n"].to_pylist() for place in some]
-    assert found == [[0, 1, 2], [3, 4, 5], [6, 7]]
-    explosion._write(str(tmp_path / "none"), "x", schema, iter([]), 3)
-    (none,) = storage.list_shards(str(tmp_path / "none"))
-    assert not storage.pq.read_table(none).num_rows
