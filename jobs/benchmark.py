@@ -47,7 +47,8 @@ if __name__ == "__main__":
     with loading("benchmark"):
         import tyro
 
-        chosen = tyro.extras.subcommand_cli_from_dict(
+        asked = tyro.extras.subcommand_cli_from_dict(
             {name: module.Options for name, module in BENCHMARKS.items()}
         )
-    sys.exit(main("options", chosen))
+    named = next(name for name, module in BENCHMARKS.items() if type(asked) is module.Options)
+    sys.exit(main(named, asked))

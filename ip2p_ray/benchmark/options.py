@@ -83,6 +83,11 @@ class Levels:
     lose: float = 0.05
     """Share of the pilots' accepted candidates that pruning may lose; the margins follow."""
 
+    def __post_init__(self) -> None:
+        for name in ("share_source", "prune_at"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} needs at least one value to measure")
+
     def ways(self) -> dict[str, SearchConfig]:
         """Every option alone and together; without margins and prior, which pilots give."""
         stop = SearchConfig(

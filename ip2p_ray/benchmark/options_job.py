@@ -1,4 +1,4 @@
-"""`jobs/benchmark.py options`: the flags, the triplets, the report; heavy imports wait for `run`."""
+"""`jobs/benchmark.py options`: flags, triplets and report; heavy imports wait for `run`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Options:
     preset: str = "miniature"
     """Models and settings: miniature, fast or paper."""
     triplets: Path | None = None
-    """A file of triplets; by default held-out ones of the drawn world, or the package's examples."""
+    """A file of triplets; by default held-out ones of the drawn world, else the examples."""
     prompts: int = 20
     """Triplets that are measured."""
     pilots: int = 10
