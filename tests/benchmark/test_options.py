@@ -7,13 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ip2p_ray.benchmark.options import (
-    FULL,
-    Levels,
-    Measured,
-    measure_options,
-    table,
-)
+from ip2p_ray.benchmark.comparison import FULL, Measured, table
+from ip2p_ray.benchmark.options import Levels, measure_options
 from ip2p_ray.clip import Clip
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.filtering import Thresholds
