@@ -1,4 +1,4 @@
-"""`jobs/benchmark.py options`: the flags, the triplets, the report; heavy imports wait for `run`."""
+"""`jobs/benchmark.py options`: flags, triplets and report; heavy imports wait for `run`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ip2p_ray.command import require_place
 
 if TYPE_CHECKING:
-    from ip2p_ray.benchmark.options import Measured
+    from ip2p_ray.benchmark.comparison import Measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Options:
     preset: str = "miniature"
     """Models and settings: miniature, fast or paper."""
     triplets: Path | None = None
-    """A file of triplets; by default held-out ones of the drawn world, or the package's examples."""
+    """A file of triplets; by default held-out ones of the drawn world, else the examples."""
     prompts: int = 20
     """Triplets that are measured."""
     pilots: int = 10
@@ -68,7 +68,8 @@ def run(job: Options) -> str:
     import torch
 
     from ip2p_ray import presets
-    from ip2p_ray.benchmark.options import FULL, Levels, measure_options, table
+    from ip2p_ray.benchmark.comparison import FULL, table
+    from ip2p_ray.benchmark.options import Levels, measure_options
     from ip2p_ray.clip import Clip
     from ip2p_ray.diffusion.model import StableDiffusion
     from ip2p_ray.errors import ConfigError
@@ -134,7 +135,7 @@ def _write(job: Options, config: Any, measured: Mapping[str, Measured]) -> None:
     import torch
 
     from ip2p_ray.atomic import atomic_file
-    from ip2p_ray.benchmark.options import QUANTILES
+    from ip2p_ray.benchmark.comparison import QUANTILES
 
     content = {
         "benchmark": "options",
