@@ -1,0 +1,1 @@
+"""How fast the parts are, each measured in one run beside the way it is compared with."""
