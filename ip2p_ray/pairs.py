@@ -138,16 +138,19 @@ def generate_candidates(
     config: PairConfig,
     *,
     controls: Sequence[PairControl] | None = None,
+    decode_batch: int | None = None,
 ) -> tuple[Pictures, Pictures]:
     """Source and edited pictures of the requests, each uint8 (request, height, width, 3).
 
     One batch of four rows a request, whatever their captions, seeds and settings. `controls`
-    replaces what `pair_controls` says of them.
+    replaces what `pair_controls` says of them. `decode_batch` pictures are decoded at a time, by
+    default as many as there are requests; decoding is what needs most memory.
     """
     with torch.inference_mode():
         latents = candidate_latents(model, requests, config, controls=controls)
-        source, edited = latents.chunk(2)
-        return to_uint8(model.decode(source)), to_uint8(model.decode(edited))
+        some = torch.split(latents, decode_batch or len(requests))
+        pictures = np.concatenate([to_uint8(model.decode(part)) for part in some])
+    return pictures[: len(requests)], pictures[len(requests) :]
 
 
 @torch.inference_mode()

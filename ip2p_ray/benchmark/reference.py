@@ -2,14 +2,15 @@
 
 One pair a batch of four rows [source, edited | source, edited], the first two without text;
 attention as full matrices of logits, in which the source's rows replace the edited one's;
-Euler-ancestral steps over levels that lie evenly in time; both pictures decoded together. It shares
-the model with our way and nothing of the sampling.
+Euler-ancestral steps over levels that lie evenly in time; all pictures of a batch decoded together.
+It shares the model with our way and nothing of the sampling.
 
 Source: METHOD section 2; written from that description.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,11 +27,11 @@ from ip2p_ray.pairs import CandidateRequest, PairConfig, Pictures
 class MaterialisedAttention:
     """An attention processor that computes softmax(Q K) V with every matrix in memory.
 
-    While `copies` is True, self-attention of the edited rows takes the source rows' logits.
+    In self-attention the edited rows of `copying` pairs take their source rows' logits.
     """
 
     def __init__(self) -> None:
-        self.copies = False
+        self.copying: list[int] = []
 
     def __call__(
         self,
@@ -52,8 +53,11 @@ class MaterialisedAttention:
             )
         )
         logits = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
-        if self.copies and encoder_hidden_states is None:
-            logits[1], logits[3] = logits[0], logits[2]
+        if encoder_hidden_states is None:
+            pairs = logits.shape[0] // 4
+            for pair in self.copying:
+                logits[pairs + pair] = logits[pair]
+                logits[3 * pairs + pair] = logits[2 * pairs + pair]
         attended = logits.softmax(3) @ value
         output: Tensor = attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
         return output
@@ -73,48 +77,58 @@ def materialised_attention(unet: Any) -> Iterator[MaterialisedAttention]:
 
 @torch.inference_mode()
 def reference_candidates(
-    model: StableDiffusion, requests: Sequence[CandidateRequest], config: PairConfig
+    model: StableDiffusion,
+    requests: Sequence[CandidateRequest],
+    config: PairConfig,
+    *,
+    batch_size: int = 1,
 ) -> tuple[Pictures, Pictures]:
     """Source and edited pictures of the requests, each uint8 (request, height, width, 3).
 
-    The text of a triplet is encoded once for all its candidates that follow each other; of
+    The reference has a `batch_size` of one pair; more are for measuring the memory its matrices
+    take. The text of a triplet is encoded once for all its candidates that follow each other. Of
     `config` only the resolution and the steps are read.
     """
     source, edited = [], []
-    captions: tuple[str, str] | None = None
+    captions: list[str] = []
     with materialised_attention(model.unet) as attention:
-        for request in requests:
-            if captions != (request.caption, request.edited_caption):
-                captions = (request.caption, request.edited_caption)
-                text = model.encode_text(["", "", *captions])
-            latents = _latents(model, request, text, config, attention)
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            wanted = [request.caption for request in batch]
+            wanted += [request.edited_caption for request in batch]
+            if captions != wanted:
+                captions = wanted
+                text = model.encode_text([""] * len(wanted) + wanted)
+            latents = _latents(model, batch, text, config, attention)
             pictures = to_uint8(model.decode(latents))
-            source.append(pictures[0])
-            edited.append(pictures[1])
-    return np.stack(source), np.stack(edited)
+            source.append(pictures[: len(batch)])
+            edited.append(pictures[len(batch) :])
+    return np.concatenate(source), np.concatenate(edited)
 
 
 def _latents(
     model: StableDiffusion,
-    request: CandidateRequest,
+    batch: Sequence[CandidateRequest],
     text: Tensor,
     config: PairConfig,
     attention: MaterialisedAttention,
 ) -> Tensor:
-    """Scaled latents (2, channel, height, width) of the source and the edited picture."""
-    generator = torch.Generator("cpu").manual_seed(request.seed)
+    """Scaled latents of the sources, then of the edited pictures, (2 pair, channel, ...)."""
+    generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch]
     shape = (1, model.latent_channels, *model.latent_size(config.resolution, config.resolution))
+    scales = torch.tensor([request.guidance_scale for request in batch] * 2, device=model.device)
+    scales = scales.reshape(-1, 1, 1, 1)
 
     def noise() -> Tensor:
-        drawn = torch.randn(shape, generator=generator).to(model.device)
-        return drawn.expand(2, -1, -1, -1)
+        drawn = torch.cat([torch.randn(shape, generator=each) for each in generators])
+        return torch.cat([drawn, drawn]).to(model.device)
 
     def denoised(x: Tensor, step: int, sigma: float) -> Tensor:
-        attention.copies = request.self_replace > step / max(config.steps - 1, 1)
-        levels = torch.full((4,), sigma, device=x.device)
-        rows = model.denoise(torch.cat([x, x]), levels, text)
-        without, with_text = rows.chunk(2)
-        return without + request.guidance_scale * (with_text - without)
+        passed = step / max(config.steps - 1, 1)
+        attention.copying = [p for p, each in enumerate(batch) if each.self_replace > passed]
+        levels = torch.full((2 * x.shape[0],), sigma, device=x.device)
+        without, with_text = model.denoise(torch.cat([x, x]), levels, text).chunk(2)
+        return without + scales * (with_text - without)
 
     sigmas = model.schedule.sigmas(config.steps).tolist()
     return _euler_ancestral(noise() * sigmas[0], sigmas, denoised, noise)
@@ -122,11 +136,11 @@ def _latents(
 
 def _euler_ancestral(
     x: Tensor,
-    sigmas: list[float],
+    sigmas: Sequence[float],
     denoised: Callable[[Tensor, int, float], Tensor],
     noise: Callable[[], Tensor],
 ) -> Tensor:
-    for step, (sigma, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for step, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
         share = after**2 * (sigma**2 - after**2) / sigma**2
         up = min(after, share**0.5)
         down = (after**2 - up**2) ** 0.5
