@@ -14,6 +14,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -49,20 +50,29 @@ def facts(device: torch.device, libraries: Iterable[str] = LIBRARIES) -> dict[st
     }
 
 
-def timed(device: torch.device, work: Callable[[], Result]) -> tuple[float, Result]:
-    """Wall seconds until the device has done the work, and what it returned."""
+@dataclass(frozen=True)
+class Seconds:
+    """How long one piece of work took."""
+
+    wall: float
+    cpu: float
+    """Of all threads of this process; on a busy machine steadier than the wall's."""
+
+
+def timed(device: torch.device, work: Callable[[], Result]) -> tuple[Seconds, Result]:
+    """The time until the device has done the work, and what it returned."""
     synchronize(device)
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     result = work()
     synchronize(device)
-    return time.perf_counter() - start, result
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu), result
 
 
 def take_turns(
     device: torch.device, ways: Mapping[str, Callable[[], Result]], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, Result]]:
-    """Wall seconds of each way in each round (A B A B ...), and what the last turn returned."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+) -> tuple[dict[str, list[Seconds]], dict[str, Result]]:
+    """The time of each way in each round (A B A B ...), and what the last turn returned."""
+    seconds: dict[str, list[Seconds]] = {name: [] for name in ways}
     results: dict[str, Result] = {}
     for _ in range(rounds):
         for name, work in ways.items():
@@ -138,7 +148,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, *, seconds: float = 0
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             took, _ = timed(device, partial(_multiply, left, right, repeats))
-            best = max(best, 2 * size**3 * repeats / took)
+            best = max(best, 2 * size**3 * repeats / took.wall)
     return best
 
 

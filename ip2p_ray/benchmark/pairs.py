@@ -46,6 +46,7 @@ KEYS = (
     "working_bytes",
     "unet_rows_per_s",
     "utilisation",
+    "cpu_s_per_candidate",
 )
 """What is told of either way, and their ratio (ours by the reference's), in the table's order."""
 
@@ -106,9 +107,14 @@ def compare(job: PairBenchmark) -> dict[str, Any]:
         result["utilisation"] = result["unet_rows_per_s"] * row_flops / ceiling
     ours, reference = results["ours"], results["reference"]
     ratio = {key: _ratio(ours[key], reference[key]) for key in KEYS}
-    faster = measure.median_ratio(seconds["reference"], seconds["ours"])
+    wall, cpu = (
+        {name: [getattr(turn, clock) for turn in seconds[name]] for name in ways}
+        for clock in ("wall", "cpu")
+    )
+    faster = measure.median_ratio(wall["reference"], wall["ours"])
     for key in ("candidates_per_s", "unet_rows_per_s", "utilisation"):
         ratio[key] = faster
+    ratio["cpu_s_per_candidate"] = measure.median_ratio(cpu["ours"], cpu["reference"])
     if ratio["device_s_per_accepted_pair"] is not None:
         accepted = reference["accepted"] / ours["accepted"]
         ratio["device_s_per_accepted_pair"] = accepted / faster
@@ -142,6 +148,7 @@ def table(result: Mapping[str, Any]) -> str:
         "working_bytes": ("- of it beyond the weights, MiB", 2.0**-20, ",.1f"),
         "unet_rows_per_s": ("UNet rows/s", 1.0, ",.1f"),
         "utilisation": ("utilisation of the matmul ceiling, %", 100.0, ".1f"),
+        "cpu_s_per_candidate": ("CPU s per candidate", 1.0, ".3f"),
     }
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     model = "SD-1.5 shapes, random weights" if result["sd15"] else f"preset {result['preset']}"
@@ -282,7 +289,7 @@ def _search(scene: Scene, device: torch.device, decode_batch: int | None) -> dic
         try:
             _ours(short, batch, size, decode_batch)
             work = partial(_ours, short, batch, size, decode_batch)
-            seconds = [measure.timed(device, work)[0] for _ in range(2)]
+            seconds = [measure.timed(device, work)[0].wall for _ in range(2)]
         except torch.OutOfMemoryError:
             logger.info("a batch of %d candidates does not fit", size)
             break
@@ -353,7 +360,7 @@ def _judge(
             edited_captions = [request.edited_caption for request in scene.requests[part]]
             arguments = (source[part], edited[part], captions, edited_captions)
             took, found = measure.timed(device, partial(judge.similarities, *arguments))
-            seconds += took
+            seconds += took.wall
             scores += found.rows()
         judged[name] = _accepted(scene, scores), len(scene.requests) / seconds
     return judged
@@ -388,17 +395,22 @@ def _difference(made: Mapping[str, Both], dtype: str) -> dict[str, float]:
 
 
 def _result(
-    scene: Scene, seconds: list[float], accepted: int | None, working: int | None, weights: int
+    scene: Scene,
+    seconds: list[measure.Seconds],
+    accepted: int | None,
+    working: int | None,
+    weights: int,
 ) -> dict[str, Any]:
-    took, count = median(seconds), len(scene.requests)
+    took, count = median(turn.wall for turn in seconds), len(scene.requests)
     return {
         "candidates_per_s": count / took,
         "device_s_per_accepted_pair": took / accepted if accepted else None,
         "peak_bytes": None if working is None else weights + working,
         "working_bytes": working,
         "unet_rows_per_s": 4 * scene.config.steps * count / took,
+        "cpu_s_per_candidate": median(turn.cpu for turn in seconds) / count,
         "accepted": accepted,
-        "seconds": seconds,
+        "seconds": [turn.wall for turn in seconds],
     }
 
 

@@ -99,21 +99,26 @@ def reference_candidates(
             if captions != wanted:
                 captions = wanted
                 text = model.encode_text([""] * len(wanted) + wanted)
-            latents = _latents(model, batch, text, config, attention)
+            latents = reference_latents(model, batch, text, config, attention)
             pictures = to_uint8(model.decode(latents))
             source.append(pictures[: len(batch)])
             edited.append(pictures[len(batch) :])
     return np.concatenate(source), np.concatenate(edited)
 
 
-def _latents(
+@torch.inference_mode()
+def reference_latents(
     model: StableDiffusion,
     batch: Sequence[CandidateRequest],
     text: Tensor,
     config: PairConfig,
     attention: MaterialisedAttention,
 ) -> Tensor:
-    """Scaled latents of the sources, then of the edited pictures, (2 pair, channel, ...)."""
+    """Scaled latents of the sources, then of the edited pictures, (2 x pair, channel, ...).
+
+    `text` is (4 x pair, token, channel), that of "" for the first half of the rows, and `attention`
+    the processor that the model's UNet has now.
+    """
     generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch]
     shape = (1, model.latent_channels, *model.latent_size(config.resolution, config.resolution))
     scales = torch.tensor([request.guidance_scale for request in batch] * 2, device=model.device)
