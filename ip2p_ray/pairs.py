@@ -228,9 +228,9 @@ def decode_pairs(
 
     `latents` are `candidates.rows.x` after the last step; before it `candidates.rows.denoised`,
     which is what the model then takes for the finished ones. `decode_batch` of them, by default
-    all, are decoded at a time.
+    as many as there are requests, are decoded at a time; decoding is what needs most memory.
     """
-    parts = torch.split(latents, decode_batch or len(latents))
+    parts = torch.split(latents, decode_batch or len(candidates.requests))
     pictures = np.concatenate([to_uint8(model.decode(part)) for part in parts])
     return pictures[list(candidates.source)], pictures[candidates.sources :]
 
@@ -246,8 +246,8 @@ def generate_candidates(
     """Source and edited pictures of the requests, each uint8 (request, height, width, 3).
 
     One batch of four rows a request, whatever their captions, seeds and settings. `controls`
-    replaces what `pair_controls` says of them. `decode_batch` pictures, by default all, are decoded
-    at a time.
+    replaces what `pair_controls` says of them. `decode_batch` pictures are decoded at a time, by
+    default as many as there are requests.
     """
     done = proceed(model, begin(model, requests, config), config, controls=controls)
     return decode_pairs(model, done, done.rows.x, decode_batch=decode_batch)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, n
 
 from ip2p_ray.atomic import atomic_file
 from ip2p_ray.benchmark import options_job
+from ip2p_ray.benchmark.config import PairBenchmark
 from ip2p_ray.benchmark.triplets import TripletsBenchmark
 from ip2p_ray.command import loading, require_place
 
@@ -53,6 +54,30 @@ def triplets(job: Triplets) -> str:
     return "\n".join(f"triplets: {line}" for line in lines(found))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pairs(PairBenchmark):
+    """Making pairs: our generator beside the reference's way, in turns, on the same candidates."""
+
+    json: Path | None = None
+    """File for the figures, beside the table that is printed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.json is not None:
+            require_place("--json", self.json, folder=False)
+
+
+def pairs(job: Pairs) -> str:
+    """The same candidates in the reference's way and in ours."""
+    if job.preset == "miniature" or job.sd15:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from ip2p_ray.benchmark.pairs import compare, table
+
+    found: dict[str, Any] = compare(job)
+    write(job.json, found)
+    return table(found)
+
+
 def write(path: Path | None, found: dict[str, Any]) -> None:
     """The figures as JSON, where a file was asked for."""
     if path is not None:
@@ -62,6 +87,7 @@ def write(path: Path | None, found: dict[str, Any]) -> None:
 
 BENCHMARKS: dict[str, tuple[type, Callable[[Any], str]]] = {
     "triplets": (Triplets, triplets),
+    "pairs": (Pairs, pairs),
     "options": (options_job.Options, options_job.run),
 }
 """By subcommand: its flags, and what measures and returns the table."""

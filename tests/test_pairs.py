@@ -89,6 +89,17 @@ def test_a_candidate_does_not_depend_on_its_neighbours(
         assert np.abs(some[index].astype(int) - one[0].astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("decode_batch", [1, 4, 100])
+def test_pictures_are_decoded_in_a_batch_of_their_own(decode_batch: int) -> None:
+    model = tiny_stable_diffusion()
+    requests = requests_of()[:3]
+    plain = generate_candidates(model, requests, CONFIG)
+    split = generate_candidates(model, requests, CONFIG, decode_batch=decode_batch)
+    for some, same in zip(plain, split, strict=True):
+        assert same.shape == (3, 16, 16, 3)
+        assert np.abs(some.astype(int) - same.astype(int)).max() <= 1
+
+
 def test_without_copied_attention_both_pictures_are_plain_samples_of_one_seed() -> None:
     model = tiny_stable_diffusion()
     requests = [replace(request, self_replace=0.0) for request in requests_of()]

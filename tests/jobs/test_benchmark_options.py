@@ -60,7 +60,9 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path):
 def test_a_preset_that_is_none_ends_in_status_1_and_a_sentence():
     done = run_job("options", "--preset", "poster")
     assert done.returncode == 1
-    assert done.stderr.strip() == ("benchmark: preset is one of paper, fast, miniature, got 'poster'")
+    assert done.stderr.strip() == (
+        "benchmark: preset is one of paper, fast, miniature, got 'poster'"
+    )
 
 
 def test_the_options_of_the_miniature_are_measured(tmp_path):

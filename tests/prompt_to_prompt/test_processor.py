@@ -360,6 +360,49 @@ def test_processors_are_put_back_also_after_an_error() -> None:
     assert unet.attn_processors == before
 
 
+def test_a_processor_that_is_there_already_stays() -> None:
+    """Compiled code is tied to it."""
+    unet = tiny_stable_diffusion().unet
+    own = PromptToPromptProcessor()
+    unet.set_attn_processor(own)
+    with controlled_attention(unet):
+        assert all(processor is own for processor in unet.attn_processors.values())
+    assert all(processor is own for processor in unet.attn_processors.values())
+
+
+@torch.inference_mode()
+def test_keys_and_values_are_kept_for_one_text_only() -> None:
+    batch = batch_of([SELF_ONLY, PLAIN])
+    unet: Any = batch.model.unet
+    other = batch.text.flip(0)
+
+    def call(text: Tensor) -> Tensor:
+        output: Tensor = unet(batch.x, batch.timesteps, text).sample
+        return output
+
+    plain, plain_other = call(batch.text), call(other)
+    assert not torch.equal(plain, plain_other)
+    projected: list[Any] = []
+    (name, layer), *_ = ((n, m) for n, m in unet.named_modules() if n.endswith("attn2.to_k"))
+    layer.register_forward_hook(lambda *_: projected.append(name))
+    with controlled_attention(unet):
+        assert torch.equal(call(batch.text), plain)
+        assert torch.equal(call(batch.text), plain)
+        assert len(projected) == 1
+        assert torch.equal(call(other), plain_other)
+        assert torch.equal(call(batch.text), plain)
+        assert len(projected) == 3
+
+
+def test_nothing_is_kept_where_gradients_flow() -> None:
+    batch = batch_of([PLAIN])
+    unet: Any = batch.model.unet
+    text = batch.text.detach()
+    with controlled_attention(unet):
+        for _ in range(2):  # a graph can be walked back once
+            unet(batch.x, batch.timesteps, text).sample.sum().backward()
+
+
 def test_what_cannot_be_controlled_is_refused() -> None:
     batch = batch_of([SELF_ONLY])
     control = attention_control([PairControl(self_replace=1.0)], step=0, steps=STEPS)

@@ -1,0 +1,58 @@
+"""What is measured, and where; nothing heavy is imported, so that flags are read at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ip2p_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBenchmark:
+    """Candidates of one model made the reference's way and ours, in turns."""
+
+    preset: Literal["miniature", "paper", "fast"] = "miniature"
+    """Whose generator, judge and settings; both ways take Euler-ancestral steps, as the
+    reference does."""
+    sd15: bool = False
+    """Random weights in the shapes of Stable Diffusion 1.5 instead of the preset's generator; no
+    judge. Nothing is downloaded."""
+    device: str = "cpu"
+    """Where the models lie, for example "cpu" or "cuda"."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the generator's weights, both ways."""
+    resolution: int | None = None
+    """Height and width in pixels; by default the preset's."""
+    steps: int | None = None
+    """Sampling steps; by default the preset's."""
+    candidates: int = 32
+    """How many each way makes in a turn."""
+    batch_size: int | None = None
+    """Candidates of our way's batch; by default the fastest of 1, 2, 4, ... is searched."""
+    decode_batch: int | None = None
+    """Pictures that our way decodes at a time; by default as many as candidates in its batch."""
+    compile: bool = False
+    """Our way's UNet goes through torch.compile; needs a batch size that divides the candidates."""
+    channels_last: bool = False
+    """Our way's UNet and autoencoder keep channels last in memory."""
+    rounds: int = 3
+    """Turns of each way; medians are reported."""
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "steps", "candidates", "batch_size", "decode_batch", "rounds"):
+            value = getattr(self, name)
+            flag = "--" + name.replace("_", "-")
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} is at least 1, got {value}")
+        if self.batch_size is not None and self.batch_size > self.candidates:
+            raise ConfigError(
+                f"--batch-size {self.batch_size} is more than --candidates {self.candidates}"
+            )
+        if self.compile and (self.batch_size is None or self.candidates % self.batch_size):
+            raise ConfigError(
+                "--compile needs a --batch-size that divides --candidates: another shape is "
+                f"compiled anew; got {self.batch_size} and {self.candidates}"
+            )
+        if self.device == "cpu" and self.dtype == "float16":
+            raise ConfigError("--dtype float16 is for CUDA; on a CPU take float32 or bfloat16")
