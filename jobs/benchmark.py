@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, n
 
 from ip2p_ray.atomic import atomic_file
 from ip2p_ray.benchmark import options_job
+from ip2p_ray.benchmark import pipeline as pipeline_job
 from ip2p_ray.benchmark.config import PairBenchmark
 from ip2p_ray.benchmark.triplets import TripletsBenchmark
 from ip2p_ray.command import loading, require_place
@@ -78,6 +79,13 @@ def pairs(job: Pairs) -> str:
     return table(found)
 
 
+def pipeline(job: pipeline_job.Pipeline) -> str:
+    """The stage of pairs with sleeping workers, beside a bare loop, and with many triplets."""
+    found, table = pipeline_job.run(job)
+    write(job.json, found)
+    return table
+
+
 def write(path: Path | None, found: dict[str, Any]) -> None:
     """The figures as JSON, where a file was asked for."""
     if path is not None:
@@ -89,6 +97,7 @@ BENCHMARKS: dict[str, tuple[type, Callable[[Any], str]]] = {
     "triplets": (Triplets, triplets),
     "pairs": (Pairs, pairs),
     "options": (options_job.Options, options_job.run),
+    "pipeline": (pipeline_job.Pipeline, pipeline),
 }
 """By subcommand: its flags, and what measures and returns the table."""
 

@@ -43,7 +43,12 @@ def explode(folder: str, rules: Rules, made: storage.Manifest) -> storage.Manife
     rejects, pairs = storage.join(folder, "rejects", "pairs"), storage.join(folder, "pairs")
 
     def origin(dataset: str) -> run.Origin:
-        return run.Origin(dataset=dataset, config={}, sources={"candidates": made.recipe})
+        return run.Origin(
+            dataset=dataset,
+            config={"thresholds": vars(rules.thresholds), "keep": rules.keep},
+            models=made.models,
+            sources={"candidates": made.recipe},
+        )
 
     def write(target: str, write_part: Callable[..., None]) -> list[Report]:
         clear(target)

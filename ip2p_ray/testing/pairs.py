@@ -5,10 +5,11 @@ What they make depends on the keys alone, as the real ones' does.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ip2p_ray.schema import (
     triplet_key,
 )
 
+_SHARD_ROWS = 20_000
 _PICTURE = encode_png(to_pil(np.full((2, 2, 3), 127, np.uint8)))
 
 
@@ -104,18 +106,34 @@ class DrawingJudge:
 
 
 def write_triplets(uri: str, count: int) -> None:
-    """A whole dataset of so many triplets."""
-    rows = []
-    for number in range(count):
-        texts = (f"a cat on chair {number}", "make it a dog", f"a dog on chair {number}")
+    """A whole dataset of so many made-up triplets."""
+    dataset_of(
+        uri,
+        (
+            (f"a cat on chair {number}", "make it a dog", f"a dog on chair {number}")
+            for number in range(count)
+        ),
+    )
+
+
+def dataset_of(uri: str, triplets: Iterable[tuple[str, str, str]]) -> None:
+    """A whole dataset of triplets of these texts."""
+    rows, shards, recipe = [], 0, hashlib.blake2b(digest_size=8)
+    for texts in triplets:
         key = triplet_key(*texts)
+        recipe.update(key.encode())
         rows.append([key, *texts, caption_key(texts[0]), split_of(key), "nobody"])
-        if len(rows) == 20_000 or number == count - 1:
-            columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
-            table = pa.table(columns, schema=TRIPLETS)
-            storage.write_shard(uri, f"triplets-{number // 20_000:05d}", table)
-            rows = []
-    storage.write_manifest(uri, storage.Manifest(dataset="triplets", recipe=f"{count} triplets"))
+        if len(rows) == _SHARD_ROWS:
+            _write(uri, shards, rows)
+            rows, shards = [], shards + 1
+    if rows:
+        _write(uri, shards, rows)
+    storage.write_manifest(uri, storage.Manifest(dataset="triplets", recipe=recipe.hexdigest()))
+
+
+def _write(uri: str, number: int, rows: list[list[str]]) -> None:
+    columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
+    storage.write_shard(uri, f"triplets-{number:05d}", pa.table(columns, schema=TRIPLETS))
 
 
 def models() -> dict[str, str]:
