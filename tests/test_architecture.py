@@ -26,7 +26,8 @@ LINES = (
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},
     {"storage"},
-    {"stages", "benchmark"},
+    {"stages"},
+    {"benchmark"},
     {"jobs", "serve"},
 )
 TESTING = "testing"
