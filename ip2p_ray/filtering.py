@@ -36,18 +36,22 @@ class Thresholds:
                 raise ConfigError(f"threshold {field.name} is a cosine in [-1, 1], got {value}")
 
 
-def rejection(scores: Mapping[str, float], thresholds: Thresholds) -> str | None:
-    """The first similarity that falls short of its threshold, None when all suffice.
-
-    A similarity that is not a number falls short.
-    """
-    least = {
+def least_similarities(thresholds: Thresholds) -> dict[str, float]:
+    """The least that each similarity has to be, in the order in which they are asked about."""
+    return {
         "caption_similarity": thresholds.text,
         "edited_caption_similarity": thresholds.text,
         "image_similarity": thresholds.image,
         "direction_similarity": thresholds.direction,
     }
-    for name, threshold in least.items():
+
+
+def rejection(scores: Mapping[str, float], thresholds: Thresholds) -> str | None:
+    """The first similarity that falls short of its threshold, None when all suffice.
+
+    A similarity that is not a number falls short.
+    """
+    for name, threshold in least_similarities(thresholds).items():
         if not scores[name] >= threshold:
             return name
     return None

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
+from ip2p_ray.filtering import least_similarities
 from ip2p_ray.report import Report, duration
 from ip2p_ray.triplets.quality import Quality
 
-if TYPE_CHECKING:  # it loads torch and diffusers, which a page of texts does without
+if TYPE_CHECKING:  # these load torch and diffusers, which a page does without
     from ip2p_ray.evaluation import CurvePoint
+    from ip2p_ray.pairs import PairConfig
 
 TEMPLATE = "report.html.jinja"
 TRIPLETS_TEMPLATE = "triplets.html.jinja"
+PAIRS_TEMPLATE = "pairs.html.jinja"
 COLOURS = ("#2f6fde", "#c8553d", "#3a8f5c", "#8a5cc2")
 """Of the series of a plot; legible on white and on black."""
 
@@ -43,6 +46,35 @@ class ShownPair:
     source_image: bytes
     edited_image: bytes
     similarities: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownCandidate:
+    """One candidate; the images are PNG or JPEG bytes."""
+
+    caption: str
+    instruction: str
+    edited_caption: str
+    source_image: bytes
+    edited_image: bytes
+    reason: str | None
+    """Why it was rejected; None where it was kept."""
+    values: Mapping[str, float | None]
+    """Similarities and draws, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bins:
+    """A histogram of two kinds of rows, one on top of the other."""
+
+    start: float
+    """Where the first bin begins."""
+    width: float
+    """Of each bin."""
+    rejected: Sequence[int]
+    kept: Sequence[int]
+    threshold: float
+    """Marked with a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +145,76 @@ def triplets_page(report: Report, quality: Quality, *, writer: str) -> str:
     )
 
 
+def pairs_page(
+    *,
+    report: Mapping[str, Any],
+    device_seconds: float,
+    histograms: Mapping[str, Bins],
+    shares: Sequence[tuple[float, float]],
+    galleries: Mapping[tuple[str, str], Sequence[ShownCandidate]],
+    config: PairConfig,
+) -> str:
+    """What became of all candidates, and pictures of some.
+
+    `report` is `Report.as_dict`, `shares` the kept share by self_replace, and `galleries` are by
+    title and note.
+    """
+    least = least_similarities(config.thresholds)
+    return _template(PAIRS_TEMPLATE).render(
+        report=report,
+        device_seconds=device_seconds,
+        config=config,
+        least=least,
+        histograms={name: histogram(bins, x_label=name) for name, bins in histograms.items()},
+        shares=plot(
+            [Series("kept", shares)],
+            x_label="self_replace: the fraction of steps that take the source's attention",
+            y_label="share of candidates that were kept",
+        ),
+        galleries=galleries,
+    )
+
+
+def histogram(bins: Bins, *, x_label: str, width: int = 420, height: int = 220) -> Markup:
+    """Bars of the rejected below the kept and a line at the threshold, as an inline SVG."""
+    left, right, top, bottom = 16, 16, 26, 46
+    total = [lost + kept for lost, kept in zip(bins.rejected, bins.kept, strict=True)]
+    most = max(*total, 1)
+    end = bins.start + bins.width * len(total)
+    ticks = _ticks([bins.start, end])
+    across = (width - left - right) / (ticks[-1] - ticks[0])
+    up = (height - top - bottom) / most
+    name = x_label.replace("_", " ")
+
+    def place(value: float) -> float:
+        return round(left + (value - ticks[0]) * across, 1)
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="histogram of {name}">']
+    for number, (lost, kept) in enumerate(zip(bins.rejected, bins.kept, strict=True)):
+        x = place(bins.start + number * bins.width)
+        wide = max(bins.width * across - 0.5, 0.5)
+        floor = height - bottom
+        for colour, low, count in (("var(--lost)", 0, lost), ("var(--bar)", lost, kept)):
+            if count:
+                parts.append(
+                    f'<rect x="{x}" y="{floor - (low + count) * up:.1f}" width="{wide:.1f}" '
+                    f'height="{count * up:.1f}" style="fill:{colour}"/>'
+                )
+    below = height - bottom + 16
+    parts += [_text(place(tick), below, f"{tick:g}", "middle") for tick in ticks]
+    if ticks[0] <= bins.threshold <= ticks[-1]:
+        x = place(bins.threshold)
+        parts.append(
+            f'<line x1="{x}" y1="{top - 8}" x2="{x}" y2="{height - bottom}" '
+            f'style="stroke:{COLOURS[1]};stroke-width:2"/>'
+        )
+        side = "end" if x > width / 2 else "start"
+        gap = -6 if side == "end" else 6
+        parts.append(_text(x + gap, top, f"at least {bins.threshold:.3g}", side))
+    parts.append(_text(width / 2, height - 8, name, "middle"))
+    return Markup("".join([*parts, "</svg>"]))
+
+
 def _most(counts: Mapping[str, int], most: int) -> dict[str, int]:
     """The first so many, and all others together."""
     first = dict(list(counts.items())[:most])
@@ -144,7 +246,7 @@ def _template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(png=_data_uri, duration=duration)
+    environment.filters.update(picture=_data_uri, duration=duration)
     return environment.get_template(name)
 
 
@@ -225,4 +327,5 @@ def _ticks(values: Sequence[float]) -> list[float]:
 
 
 def _data_uri(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
+    kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

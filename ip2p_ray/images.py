@@ -1,7 +1,7 @@
 """Images as encoded bytes, as PIL images, as arrays and as tensors, and the one resize rule.
 
 bytes --decode_image--> PIL RGB --fit_image--> PIL of an edit_size --to_tensor--> (3, h, w)
-bytes <--encode_png---- PIL RGB <--to_pil----- uint8 array <------to_uint8------ (b, 3, h, w)
+bytes <--encode_image-- PIL RGB <--to_pil----- uint8 array <------to_uint8------ (b, 3, h, w)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import struct
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 UINT8 = npt.NDArray[np.uint8]
+
+ImageFormat = Literal["png", "jpeg"]
+"""How pictures are stored."""
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -54,10 +57,19 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from error
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """The image as PNG, without loss and without metadata."""
+def encode_png(image: Image.Image, *, level: int = 6) -> bytes:
+    """The image as PNG, without loss and without metadata; `level`, in [0, 9], packs it closer."""
     stream = io.BytesIO()
-    image.save(stream, format="PNG")
+    image.save(stream, format="PNG", compress_level=level)
+    return stream.getvalue()
+
+
+def encode_image(image: Image.Image, image_format: ImageFormat) -> bytes:
+    """The image as PNG, or as JPEG of quality 95 whose colours have every pixel of their own."""
+    if image_format == "png":
+        return encode_png(image)
+    stream = io.BytesIO()
+    image.save(stream, format="JPEG", quality=95, subsampling=0)
     return stream.getvalue()
 
 

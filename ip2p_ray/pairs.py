@@ -7,21 +7,23 @@ requests share its batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ip2p_ray.candidates import CandidateRequest as CandidateRequest
+from ip2p_ray.candidates import Candidates
 from ip2p_ray.diffusion.guidance import one_scale
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.noise import Spacing, row_generators, row_noise
-from ip2p_ray.diffusion.sample import Sampler, check_sampler, sample
+from ip2p_ray.diffusion.sample import Progress, Sampler, advance, check_sampler
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.filtering import Thresholds
-from ip2p_ray.images import to_uint8
+from ip2p_ray.images import ImageFormat, to_uint8
 from ip2p_ray.prompt_to_prompt.alignment import tokenize_caption
 from ip2p_ray.prompt_to_prompt.control import (
     CrossControl,
@@ -60,8 +62,8 @@ class PairConfig:
     """At most so many candidates of a triplet become pairs."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     """Similarities that a pair must reach."""
-    image_format: Literal["png"] = "png"
-    """How pictures are stored."""
+    image_format: ImageFormat = "png"
+    """How pictures are stored; they are judged before."""
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler)
@@ -76,42 +78,36 @@ class PairConfig:
             raise ConfigError(f"self_replace must lie in [0, 1], got {self.self_replace}")
         if self.cross_replace is not None and not 0 <= self.cross_replace <= 1:
             raise ConfigError(f"cross_replace must lie in [0, 1], got {self.cross_replace}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CandidateRequest:
-    """One candidate that is to be made."""
-
-    triplet_key: str
-    """Whose candidate it is."""
-    index: int
-    """Which of the triplet's candidates, from 0."""
-    caption: str
-    """Text of the source image."""
-    edited_caption: str
-    """Text of the edited image."""
-    seed: int
-    """Of the noise both pictures share, in [0, 2**63)."""
-    self_replace: float
-    """Fraction of the steps, in [0, 1], that take the source's self-attention."""
-    guidance_scale: float
-    """Of both pictures."""
+        if self.image_format not in get_args(ImageFormat):
+            raise ConfigError(f"image_format is png or jpeg, got {self.image_format!r}")
 
 
 def candidate_requests(
-    triplet_key: str, caption: str, edited_caption: str, config: PairConfig, recipe: str
+    triplet_key: str,
+    caption: str,
+    edited_caption: str,
+    config: PairConfig,
+    recipe: str,
+    *,
+    share_source: int = 1,
 ) -> list[CandidateRequest]:
-    """All candidates of a triplet; the same for the same triplet and recipe, anywhere."""
+    """All candidates of a triplet; the same for the same triplet and recipe, anywhere.
+
+    Each `share_source` of them in a row have one source picture: seed and guidance scale are those
+    of the first, and only self_replace differs.
+    """
     requests = []
     for index in range(config.candidates):
-        first, second = candidate_uniforms(triplet_key, index, recipe)
+        leader = index - index % share_source
+        first, _ = candidate_uniforms(triplet_key, index, recipe)
+        _, second = candidate_uniforms(triplet_key, leader, recipe)
         requests.append(
             CandidateRequest(
                 triplet_key=triplet_key,
                 index=index,
                 caption=caption,
                 edited_caption=edited_caption,
-                seed=candidate_seed(triplet_key, index, recipe),
+                seed=candidate_seed(triplet_key, leader, recipe),
                 self_replace=_between(config.self_replace, first),
                 guidance_scale=_between(config.guidance_scale, second),
             )
@@ -132,54 +128,70 @@ def pair_controls(
     return controls
 
 
-def generate_candidates(
-    model: StableDiffusion,
-    requests: Sequence[CandidateRequest],
-    config: PairConfig,
-    *,
-    controls: Sequence[PairControl] | None = None,
-) -> tuple[Pictures, Pictures]:
-    """Source and edited pictures of the requests, each uint8 (request, height, width, 3).
+def begin(
+    model: StableDiffusion, requests: Sequence[CandidateRequest], config: PairConfig
+) -> Candidates:
+    """Candidates before their first step.
 
-    One batch of four rows a request, whatever their captions, seeds and settings. `controls`
-    replaces what `pair_controls` says of them.
-    """
-    with torch.inference_mode():
-        latents = candidate_latents(model, requests, config, controls=controls)
-        source, edited = latents.chunk(2)
-        return to_uint8(model.decode(source)), to_uint8(model.decode(edited))
-
-
-@torch.inference_mode()
-def candidate_latents(
-    model: StableDiffusion,
-    requests: Sequence[CandidateRequest],
-    config: PairConfig,
-    *,
-    controls: Sequence[PairControl] | None = None,
-    blend_downscale: int = 4,
-) -> Tensor:
-    """Scaled latents (2 x request, channel, height, width): all sources, then all edited.
-
-    The two rows of a request share the initial noise, the noise of every step and the guidance
-    scale; the edited row takes the source's self-attention, in all layers and with and without
-    text, while `self_replace > step / (steps - 1)`. LocalBlend, where `controls` has any, reads
-    the layers that are `blend_downscale` times smaller than the latents.
-    Source: InstructPix2Pix section 3.1.2 and METHOD section 2.
+    Requests that agree in caption, seed and guidance scale have the same source picture, and it is
+    made once: their edited pictures follow the same row. The rows of a request share the initial
+    noise and the noise of every step.
     """
     if not requests:
         raise ConfigError("there is no request to generate")
-    generators = row_generators([request.seed for request in requests] * 2)
+    looks = [(request.caption, request.seed, request.guidance_scale) for request in requests]
+    sources = list(dict.fromkeys(looks))
+    seeds = [seed for _, seed, _ in sources] + [request.seed for request in requests]
+    generators = row_generators(seeds)
     sigmas = model.schedule.sigmas(config.steps, spacing=config.spacing).to(model.device)
     size = model.latent_size(config.resolution, config.resolution)
-    x = row_noise(generators, (model.latent_channels, *size)).to(model.device) * sigmas[0]
-    text = _guidance_text(model, requests)
-    scale = torch.tensor([request.guidance_scale for request in requests] * 2, device=x.device)
+    noise = row_noise(generators, (model.latent_channels, *size)).to(model.device)
+    return Candidates(
+        requests=tuple(requests),
+        source=tuple(sources.index(look) for look in looks),
+        rows=Progress.begin(noise * sigmas[0]),
+        generators=tuple(generators),
+        step=0,
+    )
+
+
+@torch.inference_mode()
+def proceed(
+    model: StableDiffusion,
+    candidates: Candidates,
+    config: PairConfig,
+    *,
+    stop: int | None = None,
+    controls: Sequence[PairControl] | None = None,
+    blend_downscale: int = 4,
+) -> Candidates:
+    """The candidates after step `stop`, by default all; one UNet batch of two passes a row.
+
+    All rows of a request have its guidance scale; the edited row takes the source's
+    self-attention, in all layers and with and without text, while
+    `self_replace > step / (steps - 1)`. LocalBlend, where `controls` has any, reads the layers
+    that are `blend_downscale` times smaller than the latents.
+    Source: InstructPix2Pix section 3.1.2 and METHOD section 2.
+
+    Raises: ConfigError for LocalBlend in a run in parts: its maps are sums over all steps.
+    """
+    requests, source = candidates.requests, candidates.source
+    sigmas = model.schedule.sigmas(config.steps, spacing=config.spacing).to(model.device)
+    # of each row, the request that says what it is
+    shown = [*(source.index(row) for row in range(candidates.sources)), *range(len(requests))]
+    scale = torch.tensor([requests[r].guidance_scale for r in shown], device=model.device)
+    text = _guidance_text(model, requests, shown)
     pairs = pair_controls(model, requests, config) if controls is None else controls
-    maps = word_maps(pairs, size, downscale=blend_downscale, device=model.device)
+    size = (candidates.rows.x.shape[2], candidates.rows.x.shape[3])
+    maps = word_maps(pairs, size, downscale=blend_downscale, device=model.device, source=source)
+    last = config.steps if stop is None else stop
+    if maps is not None and (candidates.step, last) != (0, config.steps):
+        raise ConfigError("LocalBlend needs all steps in one run")
     at_step = (
-        attention_control(pairs, step=step, steps=config.steps, device=model.device, maps=maps)
-        for step in range(config.steps)
+        attention_control(
+            pairs, step=step, steps=config.steps, device=model.device, maps=maps, source=source
+        )
+        for step in range(candidates.step, last)
     )
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
@@ -191,16 +203,77 @@ def candidate_latents(
         return x if maps is None else maps.blend(x, step, config.steps)
 
     with controlled_attention(model.unet):
-        return sample(
-            guided, x, sigmas, sampler=config.sampler, generators=generators, after_step=blended
+        rows = advance(
+            guided,
+            candidates.rows,
+            sigmas,
+            start=candidates.step,
+            stop=last,
+            sampler=config.sampler,
+            generators=candidates.generators,
+            after_step=blended,
         )
+    return replace(candidates, rows=rows, step=last)
 
 
-def _guidance_text(model: StableDiffusion, requests: Sequence[CandidateRequest]) -> Tensor:
-    """Text rows of a guided batch: without text twice, captions, edited captions."""
-    wanted = [""] * (2 * len(requests))
-    wanted += [request.caption for request in requests]
-    wanted += [request.edited_caption for request in requests]
+@torch.inference_mode()
+def decode_pairs(
+    model: StableDiffusion,
+    candidates: Candidates,
+    latents: Tensor,
+    *,
+    decode_batch: int | None = None,
+) -> tuple[Pictures, Pictures]:
+    """Source and edited pictures, each uint8 (request, height, width, 3), of row-wise latents.
+
+    `latents` are `candidates.rows.x` after the last step; before it `candidates.rows.denoised`,
+    which is what the model then takes for the finished ones. `decode_batch` of them, by default
+    all, are decoded at a time.
+    """
+    parts = torch.split(latents, decode_batch or len(latents))
+    pictures = np.concatenate([to_uint8(model.decode(part)) for part in parts])
+    return pictures[list(candidates.source)], pictures[candidates.sources :]
+
+
+def generate_candidates(
+    model: StableDiffusion,
+    requests: Sequence[CandidateRequest],
+    config: PairConfig,
+    *,
+    controls: Sequence[PairControl] | None = None,
+    decode_batch: int | None = None,
+) -> tuple[Pictures, Pictures]:
+    """Source and edited pictures of the requests, each uint8 (request, height, width, 3).
+
+    One batch of four rows a request, whatever their captions, seeds and settings. `controls`
+    replaces what `pair_controls` says of them. `decode_batch` pictures, by default all, are decoded
+    at a time.
+    """
+    done = proceed(model, begin(model, requests, config), config, controls=controls)
+    return decode_pairs(model, done, done.rows.x, decode_batch=decode_batch)
+
+
+def candidate_latents(
+    model: StableDiffusion,
+    requests: Sequence[CandidateRequest],
+    config: PairConfig,
+    *,
+    controls: Sequence[PairControl] | None = None,
+    blend_downscale: int = 4,
+) -> Tensor:
+    """Scaled latents (2 x request, channel, height, width): all sources, then all edited."""
+    begun = begin(model, requests, config)
+    done = proceed(model, begun, config, controls=controls, blend_downscale=blend_downscale)
+    sources, edited = done.split(done.rows.x)
+    return torch.cat([sources[list(done.source)], edited])
+
+
+def _guidance_text(
+    model: StableDiffusion, requests: Sequence[CandidateRequest], shown: Sequence[int]
+) -> Tensor:
+    """Text rows of a guided batch: as many without text, captions, edited captions."""
+    captions = [requests[place].caption for place in shown[: -len(requests)]]
+    wanted = [""] * len(shown) + captions + [request.edited_caption for request in requests]
     distinct = list(dict.fromkeys(wanted))
     rows = [distinct.index(caption) for caption in wanted]
     return model.encode_text(distinct)[rows]

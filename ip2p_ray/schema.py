@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ip2p_ray.errors import ConfigError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever a column or the derivation of a key or seed changes."""
 
 # Encoded bytes, in the form that Hugging Face `datasets` reads as an Image feature.
@@ -72,7 +72,8 @@ CANDIDATES = pa.schema(
     [
         *TRIPLETS,
         ("recipe", pa.string()),  # recipe() of the pair config and the models
-        ("status", pa.string()),  # "ok", or the reason why the whole triplet failed
+        ("status", pa.string()),  # "ok", or why it has fewer candidates: "enough", "futile"
+        ("seconds", pa.float32()),  # that the generator's device was busy with the triplet
         (
             "candidates",
             pa.list_(
@@ -81,8 +82,8 @@ CANDIDATES = pa.schema(
                         *_DRAW_FIELDS,
                         *_SIMILARITY_FIELDS,
                         ("reason", pa.string()),  # why it was rejected; null when kept
-                        ("source_image", IMAGE),  # null unless kept
-                        ("edited_image", IMAGE),  # null unless kept
+                        ("source_image", IMAGE),  # null unless kept, or among the rejects to show
+                        ("edited_image", IMAGE),  # as the source's
                     ]
                 )
             ),

@@ -1,57 +1,57 @@
-"""How fast the parts are on this machine, and what they cost.
+"""Measure parts of the flow beside what they are compared with; no network.
 
-    python jobs/benchmark.py triplets --actors 2 --concurrency 32 --json triplets.json
-    python jobs/benchmark.py triplets --captions 100000 --delay 0
-
-`triplets` writes triplets of made-up captions against the shipped server, which answers after
---delay seconds: replies a second, CPU time a reply, and the memory of each kind of process.
+python jobs/benchmark.py options --prompts 20 --candidates 24 --json options.json
+python jobs/benchmark.py triplets --actors 2 --concurrency 32 --json triplets.json
+python jobs/benchmark.py triplets --captions 100000 --delay 0
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.atomic import atomic_file
-from ip2p_ray.benchmark.triplets import TripletsBenchmark, lines, measure
-from ip2p_ray.command import require_place
+from ip2p_ray.benchmark import options_job, triplets
+from ip2p_ray.command import loading
+
+BENCHMARKS = {"options": options_job, "triplets": triplets}
+"""By subcommand: a module whose `Options` are its flags and whose `run` returns the table."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Triplets(TripletsBenchmark):
-    """What the stage of triplets is measured with."""
+def main(job: options_job.Options | triplets.Options) -> int:
+    """Run one benchmark; returns the exit status."""
+    [name] = [name for name, module in BENCHMARKS.items() if isinstance(job, module.Options)]
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if getattr(job, "preset", None) == "miniature":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with loading(name):
+        from ip2p_ray.errors import Ip2pError
 
-    json: Path | None = None
-    """File for the figures."""
+        if name != "triplets":
+            import transformers
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.json is not None:
-            require_place("--json", self.json, folder=False)
-
-
-def triplets(job: Triplets) -> int:
-    """Replies a second of a server that answers after a while, and what they cost."""
-    from ip2p_ray.stages import run
-
-    def work() -> None:
-        found = measure(job, Path(__file__).with_name("write_triplets.py"))
-        for line in lines(found):
-            print(f"triplets: {line}")
-        if job.json is not None:
-            with atomic_file(job.json) as new:
-                new.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-    return run.guarded("benchmark", work)
+            transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ip2p_ray").setLevel(logging.INFO)
+    try:
+        print(BENCHMARKS[name].run(job))
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
+    except (Ip2pError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    import tyro
+    with loading("benchmark"):
+        import tyro
 
-    app = tyro.extras.SubcommandApp()
-    app.command(name="triplets")(triplets)
-    sys.exit(app.cli(config=(tyro.conf.OmitArgPrefixes,)))
+        chosen = tyro.extras.subcommand_cli_from_dict(
+            {name: module.Options for name, module in BENCHMARKS.items()}
+        )
+    sys.exit(main(chosen))

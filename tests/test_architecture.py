@@ -18,11 +18,14 @@ LINES = (
         *("files", "distinct", "places", "language"),
     },
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
-    {"pairs", "filtering", "latents", "training", "checkpoint"},
+    {
+        *("candidates", "pairs", "generator", "filtering", "search"),
+        *("latents", "training", "checkpoint"),
+    },
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},
-    {"storage"},
-    {"stages", "benchmark"},
+    {"storage", "benchmark"},
+    {"stages"},
     {"jobs", "serve"},
 )
 TESTING = "testing"

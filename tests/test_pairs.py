@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from ip2p_ray.candidates import Candidates
 from ip2p_ray.diffusion.noise import NoiseSchedule
 from ip2p_ray.diffusion.sample import text_to_image
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.pairs import (
     CandidateRequest,
     PairConfig,
+    begin,
     candidate_latents,
     candidate_requests,
     generate_candidates,
     pair_controls,
+    proceed,
 )
 from ip2p_ray.prompt_to_prompt.alignment import tokenize_caption
 from ip2p_ray.prompt_to_prompt.blend import local_blend
@@ -151,6 +154,99 @@ def test_local_blend_keeps_the_source_elsewhere() -> None:
         model, requests, CONFIG, controls=[replace(control, blend=none)], blend_downscale=2
     )
     assert torch.equal(latents[1], latents[0])
+
+
+def test_local_blend_in_a_run_in_parts_is_refused() -> None:
+    model = tiny_stable_diffusion()
+    requests = requests_of()[:1]
+    source, target = (
+        tokenize_caption(model.tokenizer, caption, model.text_length) for caption in TRIPLETS["cat"]
+    )
+    blend = local_blend(model.tokenizer, source, target, words=(["cat"], ["chinchilla"]))
+    (control,) = pair_controls(model, requests, CONFIG)
+    begun = begin(model, requests, CONFIG)
+    with pytest.raises(ConfigError, match="LocalBlend needs all steps"):
+        proceed(model, begun, CONFIG, stop=2, controls=[replace(control, blend=blend)])
+
+
+SAMPLERS: list[tuple[Any, float | None]] = [
+    ("euler", None),
+    ("euler_ancestral", 0.6),
+    ("dpmpp_2m", None),
+]
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one - other).abs().max().item() / max(1.0, other.std().item())
+
+
+@pytest.mark.parametrize(("sampler", "cross_replace"), SAMPLERS)
+def test_a_run_in_parts_gives_the_bits_of_a_whole_one(
+    sampler: Any, cross_replace: float | None
+) -> None:
+    model = tiny_stable_diffusion()
+    config = replace(CONFIG, sampler=sampler, cross_replace=cross_replace)
+    requests = requests_of(config)
+    whole = candidate_latents(model, requests, config)
+    part = begin(model, requests, config)
+    for stop in (1, 3, 4):
+        part = proceed(model, part, config, stop=stop)
+        assert part.step == stop
+    assert torch.equal(part.rows.x, whole)
+    assert torch.equal(part.rows.denoised, whole)
+
+
+@pytest.mark.parametrize(("sampler", "cross_replace"), SAMPLERS)
+def test_rows_go_on_in_another_batch(sampler: Any, cross_replace: float | None) -> None:
+    model = tiny_stable_diffusion()
+    config = replace(CONFIG, sampler=sampler, cross_replace=cross_replace)
+    requests = requests_of(config)
+    whole = candidate_latents(model, requests, config)
+    first = proceed(model, begin(model, requests[:4], config), config, stop=2)
+    second = proceed(model, begin(model, requests[4:], config), config, stop=2)
+    order = [5, 0, 3]
+    mixed = Candidates.join([second.take([1]), first.take([0, 3])])
+    assert mixed.requests == tuple(requests[place] for place in order)
+    done = proceed(model, mixed, config)
+    assert relative(done.rows.x, whole[[*order, *(6 + place for place in order)]]) <= 1e-5
+    with pytest.raises(ConfigError, match="at one step"):
+        Candidates.join([done, first])
+
+
+@pytest.mark.parametrize(("sampler", "cross_replace"), SAMPLERS)
+def test_a_shared_source_is_one_row_and_changes_nothing(
+    sampler: Any, cross_replace: float | None
+) -> None:
+    model = tiny_stable_diffusion()
+    config = replace(CONFIG, sampler=sampler, cross_replace=cross_replace, candidates=3)
+    requests = [
+        request
+        for key in ("cat", "boat")
+        for request in candidate_requests(key, *TRIPLETS[key], config, "recipe", share_source=2)
+    ]
+    part = begin(model, requests, config)
+    assert part.source == (0, 0, 1, 2, 2, 3)
+    assert part.rows.x.shape[0] == 4 + 6
+    together = candidate_latents(model, requests, config)
+    assert torch.equal(together[0], together[1])
+    for place, request in enumerate(requests):
+        alone = candidate_latents(model, [request], config)
+        assert relative(together[[place, 6 + place]], alone) <= 1e-5
+    half = proceed(model, part, config, stop=2).take([4, 1, 0])
+    assert half.source == (0, 1, 1)
+    done = proceed(model, half, config)
+    assert relative(done.rows.x, together[[4, 0, 10, 7, 6]]) <= 1e-5
+
+
+def test_candidates_of_a_group_differ_in_self_replace_only() -> None:
+    config = replace(CONFIG, candidates=5)
+    text = TRIPLETS["cat"]
+    alone = candidate_requests("cat", *text, config, "recipe")
+    shared = candidate_requests("cat", *text, config, "recipe", share_source=2)
+    assert [request.seed for request in shared] == [alone[n].seed for n in (0, 0, 2, 2, 4)]
+    for request, own, first in zip(shared, alone, [0, 0, 2, 2, 4], strict=True):
+        assert (request.index, request.self_replace) == (own.index, own.self_replace)
+        assert request.guidance_scale == alone[first].guidance_scale
 
 
 def test_zero_terminal_snr_with_trailing_steps_is_finite() -> None:

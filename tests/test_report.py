@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from ip2p_ray.errors import ConfigError
-from ip2p_ray.report import Report, duration
+from ip2p_ray.report import Report, duration, size
 
 
 def test_the_sentence_has_a_denominator_and_reasons_by_frequency():
@@ -40,4 +40,15 @@ def test_durations():
         "60.0 s",
         "1.0 min",
         "2.5 h",
+    ]
+
+
+def test_sizes():
+    assert [size(value) for value in (0, 999, 11_300, 8.07e6, 436e9, 1.8e12)] == [
+        "0 B",
+        "999 B",
+        "11.3 kB",
+        "8.1 MB",
+        "436.0 GB",
+        "1.8 TB",
     ]

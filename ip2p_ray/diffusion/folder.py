@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import (
     EulerAncestralDiscreteScheduler,
@@ -38,9 +39,9 @@ def read_parts(source: str) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "scheduler": _read_scheduler(source),
         "tokenizer": _read_tokenizer(source),
-        "text_encoder": _read_weights(CLIPTextModel, source, "text_encoder"),
-        "vae": _read_weights(AutoencoderKL, source, "vae"),
-        "unet": _read_weights(UNet2DConditionModel, source, "unet"),
+        "text_encoder": _read_weights(CLIPTextModel, source, "text_encoder", "text_encoder"),
+        "vae": _read_weights(AutoencoderKL, source, "vae", "vae"),
+        "unet": _read_weights(UNet2DConditionModel, source, "unet", "unet"),
     }
     known = int(parts["text_encoder"].config.vocab_size)
     if len(parts["tokenizer"]) > known:
@@ -49,6 +50,26 @@ def read_parts(source: str) -> dict[str, Any]:
             f"its text_encoder knows {known}: they do not belong together"
         )
     return parts
+
+
+def read_vae(source: str) -> torch.nn.Module:
+    """An autoencoder of its own folder or hub id, in evaluation mode, on the CPU.
+
+    Either of Stable Diffusion's kind (AutoencoderKL) or a tiny one (AutoencoderTiny), by its
+    config.
+
+    Raises: ModelError that names the source.
+    """
+    try:
+        kind = AutoencoderKL.load_config(source).get("_class_name")
+    except READ_ERRORS as error:
+        raise _broken(source, "autoencoder", error) from error
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    if kind not in kinds:
+        raise ModelError(
+            f"autoencoder {source} is a {kind}, which is not supported: {' or '.join(kinds)} is"
+        )
+    return _read_weights(kinds[kind], source, "autoencoder", None)
 
 
 def write_parts(folder: Path, parts: Mapping[str, Any], *, pipeline: str) -> None:
@@ -79,9 +100,9 @@ def _check_source(source: str) -> None:
         )
 
 
-def _read_weights(kind: Any, source: str, part: str) -> torch.nn.Module:
+def _read_weights(kind: Any, source: str, part: str, subfolder: str | None) -> torch.nn.Module:
     try:
-        model, info = kind.from_pretrained(source, subfolder=part, output_loading_info=True)
+        model, info = kind.from_pretrained(source, subfolder=subfolder, output_loading_info=True)
     except READ_ERRORS as error:
         raise _broken(source, part, error) from error
     lost = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]

@@ -11,6 +11,7 @@ row with sigma 0 has arrived and stays as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -78,6 +79,70 @@ def dpmpp_2m_step(
     return euler_step(x, extrapolated, sigma, sigma_next)
 
 
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """Rows between two steps: with each row's generator, all that its next step depends on."""
+
+    x: Tensor
+    """Latents, (row, channel, height, width)."""
+    denoised: Tensor
+    """What the step before took for the clean latents, of x's shape; x before the first step."""
+    sigma: Tensor
+    """(row,): the noise level of the step before; infinite before the first step."""
+
+    @staticmethod
+    def begin(x: Tensor) -> Progress:
+        """Rows before their first step; x is noise at the first level."""
+        return Progress(x, x, torch.full((x.shape[0],), float("inf"), device=x.device))
+
+    def take(self, rows: Sequence[int]) -> Progress:
+        """These rows, in this order."""
+        return Progress(*(tensor[list(rows)] for tensor in vars(self).values()))
+
+    @staticmethod
+    def join(parts: Sequence[Progress]) -> Progress:
+        """All rows of the parts, one part after the other."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return Progress(*(torch.cat(column) for column in columns))
+
+
+def advance(
+    denoise: Denoise,
+    rows: Progress,
+    sigmas: Tensor,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    sampler: Sampler = "euler_ancestral",
+    generators: Sequence[torch.Generator] | None = None,
+    after_step: Callable[[int, Tensor], Tensor] | None = None,
+) -> Progress:
+    """The rows after the steps from `start` up to but without `stop`, by default all.
+
+    Arguments are those of `sample`; `sigmas` holds every level of the run. A run in parts gives
+    the same bits as a whole one, however the rows are grouped in between as far as `denoise` does.
+    """
+    check_sampler(sampler)
+    x, previous, sigma_previous = rows.x, rows.denoised, rows.sigma
+    levels = sigmas.to(x.device, torch.float32).expand(x.shape[0], -1)
+    steps = levels.shape[1] - 1
+    for step in range(start, steps if stop is None else stop):
+        sigma, sigma_next = levels[:, step], levels[:, step + 1]
+        denoised = denoise(x, sigma)
+        if sampler == "euler_ancestral" and step < steps - 1:
+            if generators is None:
+                raise ConfigError("euler_ancestral needs a generator for every row, got none")
+            noise = row_noise(generators, x.shape[1:]).to(x.device)
+            x = euler_ancestral_step(x, denoised, sigma, sigma_next, noise)
+        elif sampler == "dpmpp_2m":
+            x = dpmpp_2m_step(x, denoised, sigma, sigma_next, previous, sigma_previous)
+        else:
+            x = euler_step(x, denoised, sigma, sigma_next)
+        previous, sigma_previous = denoised, sigma
+        x = x if after_step is None else after_step(step, x)
+    return Progress(x, previous, sigma_previous)
+
+
 def sample(
     denoise: Denoise,
     x: Tensor,
@@ -94,25 +159,10 @@ def sample(
     "euler_ancestral" draws one noise a step from each row's generator, the last step excepted,
     which adds none. `after_step(step, x)` may return a changed x.
     """
-    check_sampler(sampler)
-    levels = sigmas.to(x.device, torch.float32).expand(x.shape[0], -1)
-    steps = levels.shape[1] - 1
-    previous, sigma_previous = x, torch.full_like(levels[:, 0], float("inf"))
-    for step in range(steps):
-        sigma, sigma_next = levels[:, step], levels[:, step + 1]
-        denoised = denoise(x, sigma)
-        if sampler == "euler_ancestral" and step < steps - 1:
-            if generators is None:
-                raise ConfigError("euler_ancestral needs a generator for every row, got none")
-            noise = row_noise(generators, x.shape[1:]).to(x.device)
-            x = euler_ancestral_step(x, denoised, sigma, sigma_next, noise)
-        elif sampler == "dpmpp_2m":
-            x = dpmpp_2m_step(x, denoised, sigma, sigma_next, previous, sigma_previous)
-        else:
-            x = euler_step(x, denoised, sigma, sigma_next)
-        previous, sigma_previous = denoised, sigma
-        x = x if after_step is None else after_step(step, x)
-    return x
+    rows = Progress.begin(x)
+    return advance(
+        denoise, rows, sigmas, sampler=sampler, generators=generators, after_step=after_step
+    ).x
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ip2p_ray.errors import ConfigError
 from ip2p_ray.prompt_to_prompt.alignment import TokenizedCaption, word_positions
 
 
@@ -79,16 +80,21 @@ class WordMaps:
         *,
         downscale: int = 4,
         device: str | torch.device = "cpu",
+        source: Sequence[int] | None = None,
     ) -> None:
         """Maps of `latent_size` over `downscale`, of all P pairs (None: a pair without blend).
 
-        At 512 pixels and the default these are the layers of 16 x 16 tokens.
+        At 512 pixels and the default these are the layers of 16 x 16 tokens. `source` is as in
+        `control`: which source each pair follows, its own by default.
+
+        Raises: ConfigError where pairs of one source name different words of its caption.
         """
         height, width = latent_size
         self.blends = tuple(blends)
+        self.source = tuple(range(len(blends)) if source is None else source)
         self.grid = (-(-height // downscale), -(-width // downscale))
-        self.indicators = _row_indicators(self.blends).to(device)
-        self.sums = torch.zeros(2 * len(self.blends), self.grid[0] * self.grid[1], 2, device=device)
+        self.indicators = _row_indicators(self.blends, self.source).to(device)
+        self.sums = torch.zeros(len(self.indicators), self.grid[0] * self.grid[1], 2, device=device)
 
     @property
     def tokens(self) -> int:
@@ -114,18 +120,19 @@ class WordMaps:
         `step` and `steps` are one number for all pairs or one for each.
         Source: Prompt-to-Prompt's LocalBlend.
         """
-        count = len(self.blends)
+        count = source_count(self.source)
         sources, targets = x[:count], x[count:].clone()
-        at, of = each(step, count), each(steps, count)
+        at, of = each(step, len(self.blends)), each(steps, len(self.blends))
         for pair, blend in enumerate(self.blends):
             if blend is not None and blend.active(at[pair], of[pair]):
                 mask = self._mask(pair, blend, (x.shape[2], x.shape[3]))
-                targets[pair] = torch.where(mask, targets[pair], sources[pair])
+                targets[pair] = torch.where(mask, targets[pair], sources[self.source[pair]])
         return torch.cat([sources, targets])
 
     def _mask(self, pair: int, blend: LocalBlend, size: tuple[int, int]) -> Tensor:
         """The places (height, width), bool, where the target may differ from its source."""
-        maps = self.sums[[pair, len(self.blends) + pair]].transpose(1, 2)
+        rows = [self.source[pair], source_count(self.source) + pair]
+        maps = self.sums[rows].transpose(1, 2)
         maps = maps.reshape(2, 2, *self.grid)
         region = _above(F.max_pool2d(maps[:, :1], 3, 1, 1), blend.threshold, size)
         if blend.less is not None:
@@ -138,6 +145,11 @@ def each(value: int | Sequence[int], count: int) -> Sequence[int]:
     return [value] * count if isinstance(value, int) else value
 
 
+def source_count(source: Sequence[int]) -> int:
+    """How many sources `source` names; each of them at least once."""
+    return max(source, default=-1) + 1
+
+
 def _above(maps: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
     """The places (height, width), bool, where a map of (branch, 1, h, w) is over the threshold."""
     grown = F.interpolate(maps, size=size)
@@ -145,19 +157,23 @@ def _above(maps: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
     return (grown / peak > threshold).any(0)[0]
 
 
-def _row_indicators(blends: Sequence[LocalBlend | None]) -> Tensor:
-    """float32 (2 P, token, 2) of the rows with text: sources, then targets."""
+def _row_indicators(blends: Sequence[LocalBlend | None], source: Sequence[int]) -> Tensor:
+    """float32 (row, token, 2) of the rows with text: sources, then targets."""
     tokens = next((blend.words[0].shape[0] for blend in blends if blend is not None), 0)
-    rows = torch.zeros(2 * len(blends), tokens, 2)
+    count = source_count(source)
+    rows: dict[int, Tensor] = {}
     for pair, blend in enumerate(blends):
         if blend is None:
             continue
-        for branch in (0, 1):
-            row = branch * len(blends) + pair
-            rows[row, :, 0] = blend.words[branch]
-            if blend.less is not None:
-                rows[row, :, 1] = blend.less[branch]
-    return rows
+        less = blend.less or (torch.zeros(tokens), torch.zeros(tokens))
+        for branch, row in enumerate((source[pair], count + pair)):
+            words = torch.stack([blend.words[branch], less[branch]], dim=1)
+            if not torch.equal(rows.setdefault(row, words), words):
+                raise ConfigError("blends of pairs that share a source name different words of it")
+    indicators = torch.zeros(count + len(blends), tokens, 2)
+    for row, words in rows.items():
+        indicators[row] = words
+    return indicators
 
 
 def _indicator(tokenizer: Any, caption: TokenizedCaption, phrases: Sequence[str]) -> Tensor:

@@ -8,8 +8,9 @@ source's map A_s, so what it does to the output is
 with a matrix W (token, token) and a vector b (token,) that depend on the captions and the step
 only; for self-attention W is the identity and b zero: SDPA(Q_s, K_s, V_t).
 
-Layout of P pairs: latents are [sources 0..P-1 | targets 0..P-1]; the batch of a guided step is
-[those 2 P without text | those 2 P with text], 4 P rows.
+Layout of P pairs: latents are [sources 0..S-1 | targets 0..P-1], `source` says which of the sources
+each target follows; the batch of a guided step is [those S + P without text | those S + P with
+text]. Without `source` each target has its own, S = P and `source` = 0..P-1: 4 P rows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ip2p_ray.prompt_to_prompt.alignment import (
     replacement,
     word_positions,
 )
-from ip2p_ray.prompt_to_prompt.blend import LocalBlend, WordMaps, each
+from ip2p_ray.prompt_to_prompt.blend import LocalBlend, WordMaps, each, source_count
 
 Span = float | tuple[float, float]
 """A part of the steps: (0.2, 0.8), or 0.8 for (0, 0.8)."""
@@ -149,18 +150,21 @@ def attention_control(
     maps: WordMaps | None = None,
     self_tokens: int | None = None,
     both_halves: bool = True,
+    source: Sequence[int] | None = None,
 ) -> AttentionControl | None:
     """The control of P pairs at one step each, None where nothing is controlled.
 
-    Rows are laid out as in the head of this module. `step` and `steps` are one number for all
+    Rows are laid out as in the head of this module; `source` names each source at least once.
+    `step` and `steps` are one number for all
     pairs or one for each. `self_tokens` limits self-attention to small layers and
     `both_halves=False` to the rows with text, as Prompt-to-Prompt's own code does; the defaults
     are InstructPix2Pix's.
     """
     at = each(step, len(pairs))
     of = each(steps, len(pairs))
-    self_source = _self_source(pairs, at, of, both_halves)
-    cross = _cross_rows(pairs, at, of, torch.device(device))
+    sources = range(len(pairs)) if source is None else source
+    self_source = _self_source(pairs, sources, at, of, both_halves)
+    cross = _cross_rows(pairs, sources, at, of, torch.device(device))
     if self_source is None and cross is None and maps is None:
         return None
     moved = None if self_source is None else self_source.to(device)
@@ -173,40 +177,52 @@ def word_maps(
     *,
     downscale: int = 4,
     device: str | torch.device = "cpu",
+    source: Sequence[int] | None = None,
 ) -> WordMaps | None:
     """Empty maps for one run of P pairs, None where no pair has a blend."""
     blends = [pair.blend for pair in pairs]
     if all(blend is None for blend in blends):
         return None
-    return WordMaps(blends, latent_size, downscale=downscale, device=device)
+    return WordMaps(blends, latent_size, downscale=downscale, device=device, source=source)
 
 
 def _self_source(
-    pairs: Sequence[PairControl], step: Sequence[int], steps: Sequence[int], both_halves: bool
+    pairs: Sequence[PairControl],
+    sources: Sequence[int],
+    step: Sequence[int],
+    steps: Sequence[int],
+    both_halves: bool,
 ) -> Tensor | None:
-    count = len(pairs)
-    source = torch.arange(4 * count)
+    count = source_count(sources)
+    rows = count + len(pairs)
+    source = torch.arange(2 * rows)
     for half in (0, 1) if both_halves else (1,):
-        first = 2 * count * half
         for pair, control in enumerate(pairs):
             if control.copies_self(step[pair], steps[pair]):
-                source[first + count + pair] = first + pair
-    return None if torch.equal(source, torch.arange(4 * count)) else source
+                source[half * rows + count + pair] = half * rows + sources[pair]
+    return None if torch.equal(source, torch.arange(2 * rows)) else source
 
 
 def _cross_rows(
-    pairs: Sequence[PairControl], step: Sequence[int], steps: Sequence[int], device: torch.device
+    pairs: Sequence[PairControl],
+    sources: Sequence[int],
+    step: Sequence[int],
+    steps: Sequence[int],
+    device: torch.device,
 ) -> CrossRows | None:
-    count = len(pairs)
-    own_weights: dict[int, Tensor | None] = dict.fromkeys(range(4 * count))
+    count = source_count(sources)
+    rows = count + len(pairs)
+    own_weights: dict[int, Tensor | None] = dict.fromkeys(range(2 * rows))
     matrices: dict[int, Tensor] = {}
+    copied_from: list[int] = []
     for pair, control in enumerate(pairs):
         if control.cross is None:
             continue
         matrix, own_weight = control.cross.weights(step[pair], steps[pair])
-        row = 3 * count + pair
+        row = rows + count + pair
         if matrix.any():
             matrices[row] = matrix
+            copied_from.append(rows + sources[pair])
         if not own_weight.any():
             del own_weights[row]
         elif not bool((own_weight == 1).all()):
@@ -221,7 +237,7 @@ def _cross_rows(
         own=torch.tensor(list(own_weights), device=device),
         own_weight=weights.to(device),
         copied=torch.tensor(list(matrices), dtype=torch.long, device=device),
-        source=torch.tensor([r - count for r in matrices], dtype=torch.long, device=device),
+        source=torch.tensor(copied_from, dtype=torch.long, device=device),
         matrix=(torch.stack(list(matrices.values())) if matrices else empty).to(device),
     )
 

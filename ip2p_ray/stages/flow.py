@@ -10,13 +10,14 @@ from pathlib import Path
 from ip2p_ray import presets
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.evaluation import EvaluationConfig
+from ip2p_ray.generator import GeneratorWeights
 from ip2p_ray.miniature.scores import random_captions
 from ip2p_ray.miniature.weights import WEIGHTS
 from ip2p_ray.report import duration
 from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.stages.evaluation import Answerers, evaluate_editor
 from ip2p_ray.stages.latents import encode_latents
-from ip2p_ray.stages.pairs import generate_pairs
+from ip2p_ray.stages.pairs import Making, generate_pairs
 from ip2p_ray.stages.report import Written, edit_command, shown, write_report
 from ip2p_ray.stages.run import Resources, local_ray, locked
 from ip2p_ray.stages.training import train_editor
@@ -107,10 +108,12 @@ def make_datasets(
         f"{folder}/triplets",
         folder,
         preset.pairs,
-        generator=preset.generator,
-        judge=preset.judge,
+        Making(
+            generator=GeneratorWeights(source=preset.generator),
+            judge=preset.judge,
+            generators=actors(8),
+        ),
         models=models,
-        resources=actors(8),
     )
     logger.info("4 of 6: latents of the pairs that were kept")
     encode_latents(

@@ -1,258 +1,197 @@
 """triplets -> candidates -> pairs: the generator and the judge in actors, then a cheap explosion.
 
-A triplet's row stays one row, with its candidates nested in it and the images of the kept ones, so
-that a killed plan goes on by the triplet. Pairs, scores and rejects are read off it afterwards.
+    <folder>/queue        the triplets that can be used, each once, in parts
+    <folder>/candidates   a row a triplet, its candidates nested in it, the images of the kept ones
+    <folder>/pairs, scores, rejects/pairs       read off the candidates
+    <folder>/pairs.html   what came out
+
+A triplet's row stays one row, so that a killed plan goes on by the triplet. A part is one plan, of
+so few blocks that the driver's memory does not grow with the number of triplets.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
-from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 from ip2p_ray import storage
-from ip2p_ray.clip import Clip
-from ip2p_ray.diffusion.model import StableDiffusion
-from ip2p_ray.errors import StageError
-from ip2p_ray.filtering import NOT_BEST, select
-from ip2p_ray.images import decode_image, encode_png, to_pil
-from ip2p_ray.pairs import (
-    CandidateRequest,
-    PairConfig,
-    Pictures,
-    candidate_requests,
-    generate_candidates,
-)
+from ip2p_ray.atomic import remove_folder
+from ip2p_ray.errors import ConfigError
+from ip2p_ray.generator import GeneratorWeights, Holding
+from ip2p_ray.pairs import PairConfig
 from ip2p_ray.report import Report
-from ip2p_ray.schema import (
-    CANDIDATES,
-    PAIRS,
-    REJECTS,
-    SCORES,
-    TRIPLETS,
-    pair_key,
-    recipe,
-)
+from ip2p_ray.schema import CANDIDATES
+from ip2p_ray.search.options import SearchConfig, search_recipe
 from ip2p_ray.stages import plan, run
+from ip2p_ray.stages.compaction import compact
+from ip2p_ray.stages.explosion import explode
+from ip2p_ray.stages.pair_actors import GenerateCandidates, JudgeCandidates, SearchCandidates
+from ip2p_ray.stages.pairs_page import shown_below, write_page
+from ip2p_ray.stages.queue import PART_TRIPLETS, fill_queue
 
-ROWS_PER_SHARD = 1024
-
-
-class GenerateCandidates:
-    """An actor of the plan: rows of TRIPLETS in, rows of CANDIDATES that nobody has judged out."""
-
-    def __init__(self, generator: str, config: PairConfig, recipe: str, batch_size: int) -> None:
-        self._model = StableDiffusion.load(generator)
-        self._config, self._recipe, self._batch_size = config, recipe, batch_size
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """A table for each triplet of the batch."""
-        rows = batch.select(TRIPLETS.names).to_pylist()
-        requests = [request for row in rows for request in self._requests(row)]
-        made: list[dict[str, Any]] = []
-        for start in range(0, len(requests), self._batch_size):
-            made += self._candidates(requests[start : start + self._batch_size])
-        each = self._config.candidates
-        for place, row in enumerate(rows):
-            own = made[place * each : (place + 1) * each]
-            row.update(recipe=self._recipe, status="ok", candidates=own)
-            yield pa.Table.from_pylist([row], schema=CANDIDATES)
-
-    def _requests(self, row: Mapping[str, Any]) -> list[CandidateRequest]:
-        texts = (row["triplet_key"], row["caption"], row["edited_caption"])
-        return candidate_requests(*texts, self._config, self._recipe)
-
-    def _candidates(self, requests: list[CandidateRequest]) -> list[dict[str, Any]]:
-        source, edited = generate_candidates(self._model, requests, self._config)
-        return [
-            {
-                "index": request.index,
-                "seed": request.seed,
-                "self_replace": request.self_replace,
-                "guidance_scale": request.guidance_scale,
-                "source_image": _image(source[row]),
-                "edited_image": _image(edited[row]),
-            }
-            for row, request in enumerate(requests)
-        ]
+BLOCKS = ".blocks"
+"""Folder, in that of a part, of the shards that the plan writes, each of one batch's triplets."""
 
 
-class JudgeCandidates:
-    """An actor of the plan: adds similarities and reasons, and drops the images of rejects."""
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """Who makes and judges candidates; only `options` and `limit` change what comes out."""
 
-    def __init__(self, judge: str, config: PairConfig) -> None:
-        self._clip = Clip.load(judge)
-        self._config = config
+    generator: GeneratorWeights
+    judge: str
+    """Folder or open_clip name of the CLIP."""
+    holding: Holding = field(default_factory=Holding)
+    """How each generator is held."""
+    generators: run.Resources = field(default_factory=run.Resources)
+    """Their actors; `batch_size` is not read, the holding has it."""
+    judges: run.Resources | None = field(default_factory=lambda: run.Resources(batch_size=32))
+    """Theirs, `batch_size` counting candidates; None judges where the pictures are made."""
+    options: SearchConfig = field(default_factory=SearchConfig)
+    """What is spared on the way; these do change what comes out, and are in the recipe."""
+    max_reject_share: float = 0.05
+    """Share of triplets, in [0, 1], that may be unusable; above it the stage fails."""
+    limit: int | None = None
+    """Most triplets that are used, drawn from all; None is all."""
+    part_triplets: int = PART_TRIPLETS
+    """Triplets of a part."""
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """A table for each triplet of the batch."""
-        for row in batch.to_pylist():
-            self._judge(row)
-            yield pa.Table.from_pylist([row], schema=CANDIDATES)
+    def __post_init__(self) -> None:
+        if self.judges is not None and self.options != SearchConfig():
+            raise ConfigError(
+                "what is spared is decided by the judge, which then has to be where the pictures "
+                "are made: judges must be None with any option"
+            )
 
-    def _judge(self, row: dict[str, Any]) -> None:
-        candidates = row["candidates"]
-        source, edited = (
-            np.stack([np.asarray(decode_image(c[name]["bytes"])) for c in candidates])
-            for name in ("source_image", "edited_image")
+    def fill_queue(self, triplets: str, folder: str) -> storage.Manifest:
+        """The dataset `<folder>/queue` of the triplets that are used."""
+        return fill_queue(
+            triplets,
+            folder,
+            limit=self.limit,
+            max_reject_share=self.max_reject_share,
+            part_triplets=self.part_triplets,
         )
-        captions = [row["caption"]] * len(candidates)
-        edited_captions = [row["edited_caption"]] * len(candidates)
-        scores = self._clip.similarities(source, edited, captions, edited_captions).rows()
-        for candidate, values in zip(candidates, scores, strict=True):
-            candidate.update(values)
-        reasons = select(candidates, self._config.thresholds, self._config.keep)
-        for candidate, reason in zip(candidates, reasons, strict=True):
-            candidate["reason"] = reason
-            if reason is not None:
-                candidate.update(source_image=None, edited_image=None)
 
 
 def generate_pairs(
     triplets: str,
     folder: str,
     config: PairConfig,
+    making: Making,
     *,
-    generator: str,
-    judge: str,
     models: Mapping[str, str],
-    resources: run.Resources,
+    actors: tuple[type, type] | None = None,
 ) -> storage.Manifest:
-    """The dataset `<folder>/pairs`, with candidates, scores and rejects/pairs beside it.
+    """The dataset `<folder>/pairs`, and beside it what the head of this module lists.
 
-    `resources.batch_size` counts candidates; the judge is one more actor.
+    `models` has the fingerprints of generator and judge. `actors` are the classes that make and
+    judge, by default GenerateCandidates and JudgeCandidates; others take the same arguments.
 
     Raises:
-        StageError: no candidate was accepted; the text says which threshold rejected how many.
+        DatasetError: the triplets are not whole, or something made otherwise is in the folder.
+        StageError: too many triplets are unusable, or no candidate was accepted; says why.
     """
-    candidates = storage.join(folder, "candidates")
+    queue = making.fill_queue(triplets, folder)
     makers = {role: models[role] for role in ("generator", "judge")}
-    sources = {"triplets": storage.read_manifest(triplets).recipe}
-    origin = run.Origin(dataset="candidates", config=asdict(config), models=makers, sources=sources)
-    # What an actor makes at a time, and so what a kill can cost it.
-    rows = max(1, resources.batch_size // config.candidates)
-    steps = _steps(generator, judge, config, recipe(config, *makers.values()), rows, resources)
+    options = making.options
+    spared = {} if options == SearchConfig() else {"search": asdict(options)}
+    origin = run.Origin(
+        dataset="candidates",
+        config={**asdict(config), **spared},
+        models=makers,
+        sources={"queue": queue.recipe},
+    )
+    name = search_recipe(config, options, *makers.values())
+    steps = _steps(
+        config, making, name, queue.rows, actors or (GenerateCandidates, JudgeCandidates)
+    )
+    candidates = storage.join(folder, "candidates")
+
+    def generate() -> list[Report]:
+        parts = plan.shards(storage.join(folder, "queue"))
+        for number, part in enumerate(parts):
+            name = "candidates"
+            if len(parts) > 1:
+                name = f"candidates, part {number + 1} of {len(parts)}"
+            _make_part(part, candidates, replace(origin, dataset=name), number, steps)
+        return []
+
+    made = run.make(candidates, origin, generate)
+    pairs = explode(folder, config.thresholds, made)
+    write_page(folder, config)
+    return pairs
+
+
+def _make_part(
+    source: str, candidates: str, origin: run.Origin, number: int, steps: list[plan.Step]
+) -> None:
+    """The candidates of a part of the queue, in few shards in the order of the keys."""
+    part = storage.join(candidates, f"part-{number:05d}")
+    blocks = storage.join(part, BLOCKS)
 
     def generate() -> list[Report]:
         plan.stream(
-            plan.shards(triplets),
-            candidates,
+            [source],
+            blocks,
+            name=origin.dataset,
             key="triplet_key",
             schema=CANDIDATES,
             steps=steps,
             unit="triplets",
-            rows_per_block=rows,
+            rows_per_block=steps[0].resources.batch_size,
         )
+        shards = storage.list_shards(blocks)
+        compact(shards, part, name="candidates", key="triplet_key", schema=CANDIDATES)
         return []
 
-    made = run.make(candidates, origin, generate)
-    return _explode(folder, config, made)
+    run.make(part, replace(origin, sources={**origin.sources, "part": str(number)}), generate)
+    remove_folder(storage.local_path(blocks))
 
 
 def _steps(
-    generator: str, judge: str, config: PairConfig, recipe: str, rows: int, held: run.Resources
+    config: PairConfig, making: Making, recipe: str, triplets: int, actors: tuple[type, type]
 ) -> list[plan.Step]:
+    # What an actor makes at a time, and so what a kill can cost it.
+    rows = max(1, making.holding.batch_size // config.candidates)
+    if making.judges is None:
+        return [_search_step(config, making, recipe, rows)]
     return [
         plan.Step(
-            callable=GenerateCandidates,
+            callable=actors[0],
             arguments={
-                "generator": generator,
+                "weights": making.generator,
+                "holding": making.holding,
                 "config": config,
                 "recipe": recipe,
-                "batch_size": held.batch_size,
             },
-            resources=replace(held, batch_size=rows),
+            resources=replace(making.generators, batch_size=rows),
         ),
         plan.Step(
-            callable=JudgeCandidates,
-            arguments={"judge": judge, "config": config},
-            resources=replace(held, actors=1, batch_size=rows),
+            callable=actors[1],
+            arguments={
+                "judge": making.judge,
+                "config": config,
+                "device": "cuda" if making.judges.gpus else "cpu",
+                "batch_size": making.judges.batch_size,
+                "shown_below": shown_below(triplets),
+            },
+            resources=replace(making.judges, batch_size=rows),
         ),
     ]
 
 
-def _explode(folder: str, config: PairConfig, candidates: storage.Manifest) -> storage.Manifest:
-    """Scores and rejects, then pairs."""
-    source = storage.join(folder, "candidates")
-    scores, pairs = storage.join(folder, "scores"), storage.join(folder, "pairs")
-    rejects = storage.join(folder, "rejects", "pairs")
-
-    def origin(dataset: str) -> run.Origin:
-        return run.Origin(dataset=dataset, config={}, sources={"candidates": candidates.recipe})
-
-    def write_pairs() -> list[Report]:
-        reasons = [row["reason"] for row in _exploded(source)]
-        report = Report.count("pairs", reasons, candidates.wall_seconds)
-        if not report.rows_out:
-            raise StageError(_nothing_kept(report, config, scores))
-        for split in ("train", "held_out"):
-            kept = (row for row in _exploded(source) if row["reason"] is None)
-            _write(pairs, split, PAIRS, (row for row in kept if row["split"] == split))
-        return [report]
-
-    def write_scores() -> list[Report]:
-        _write(scores, "scores", SCORES, _exploded(source))
-        return []
-
-    def write_rejects() -> list[Report]:
-        dropped = (row for row in _exploded(source) if row["reason"] is not None)
-        _write(rejects, "rejects", REJECTS, map(_reject, dropped))
-        return []
-
-    run.make(scores, origin("scores"), write_scores)
-    run.make(rejects, origin("rejects"), write_rejects)
-    return run.make(pairs, origin("pairs"), write_pairs)
-
-
-def _exploded(candidates: str) -> Iterator[dict[str, Any]]:
-    """A row for each candidate, with its triplet's columns."""
-    for shard in plan.shards(candidates):
-        for row in pq.read_table(shard).cast(CANDIDATES).to_pylist():
-            for candidate in row.pop("candidates"):
-                key = pair_key(row["triplet_key"], candidate["index"], row["recipe"])
-                yield {**row, **candidate, "pair_key": key}
-
-
-def _reject(row: Mapping[str, Any]) -> dict[str, Any]:
-    reason = row["reason"]
-    value = row["direction_similarity" if reason == NOT_BEST else reason]
-    return {"stage": "pairs", "key": row["pair_key"], "reason": reason, "detail": f"{value:.3f}"}
-
-
-def _write(uri: str, prefix: str, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> None:
-    """Shards of at most ROWS_PER_SHARD rows; one even where there are no rows."""
-    for number in itertools.count():
-        part = list(itertools.islice(rows, ROWS_PER_SHARD))
-        if part or not number:
-            kept = [{name: row[name] for name in schema.names} for row in part]
-            table = pa.Table.from_pylist(kept, schema=schema)
-            storage.write_shard(uri, f"{prefix}-{number:05d}", table)
-        if len(part) < ROWS_PER_SHARD:
-            return
-
-
-def _nothing_kept(report: Report, config: PairConfig, scores: str) -> str:
-    limits = config.thresholds
-    least = {
-        "caption_similarity": limits.text,
-        "edited_caption_similarity": limits.text,
-        "image_similarity": limits.image,
-        "direction_similarity": limits.direction,
-    }
-    counts = ", ".join(
-        f"{count:,} by {reason} below {least[reason]:g}"
-        for reason, count in report.rejected.items()
+def _search_step(config: PairConfig, making: Making, recipe: str, rows: int) -> plan.Step:
+    if making.options.decides:  # so many that those which go on fill batches
+        rows = max(rows, 2 * making.holding.batch_size // making.options.decide_every)
+    return plan.Step(
+        callable=SearchCandidates,
+        arguments={
+            "weights": making.generator,
+            "holding": making.holding,
+            "judge": making.judge,
+            "config": config,
+            "options": making.options,
+            "recipe": recipe,
+        },
+        resources=replace(making.generators, batch_size=rows),
     )
-    return (
-        f"pairs: none of {report.rows_in:,} candidates was accepted: {counts}. Their scores are in "
-        f"{scores}; generate more candidates or lower that threshold"
-    )
-
-
-def _image(array: Pictures) -> dict[str, Any]:
-    return {"bytes": encode_png(to_pil(array)), "path": None}

@@ -62,24 +62,24 @@ def stream(
     steps: Sequence[Step],
     unit: str,
     rows_per_block: int,
+    name: str | None = None,
     every_s: float = HEARTBEAT_S,
 ) -> None:
     """The rows of the shards `sources`, sent through the steps, as shards of the dataset at `uri`.
 
     One row in, one row out, identified by its column `key`. A killed plan goes on where it
     stopped: at most the blocks that were being worked on are made again, and no row is lost or
-    written twice. The dataset is not whole before `make` writes its manifest. How far it is is told
-    every `every_s` seconds.
+    written twice. The dataset is not whole before `make` writes its manifest. `name`, by default
+    that of its folder, is what the progress is told of, every `every_s` seconds.
     """
     rows = count_rows(sources)
-    name = Path(uri).name
     if not rows:
         return
     resume = run.resume_folder(uri)
     resume.mkdir(parents=True, exist_ok=True)
     blocks = -(-rows // rows_per_block)
     already = count_rows(note for note in resume.glob("*.parquet") if _is_committed(note))
-    progress = Progress(name, total=rows, unit=unit, done=already)
+    progress = Progress(name or Path(uri).name, total=rows, unit=unit, done=already)
     context = _context(key, resume)
     if any(step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
@@ -111,13 +111,21 @@ def _mapped(data: Any, step: Step, blocks: int, counting: Mapping[str, Any]) -> 
         fn_constructor_kwargs={**step.arguments, **counting},
         batch_size=resources.batch_size,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            size=min(resources.actors, blocks), max_concurrent_calls_per_actor=step.blocks
-        ),
+        compute=_pool(resources, blocks, step.blocks),
         num_cpus=resources.cpus,
         udf_modifying_row_count=False,
         **options,
     )
+
+
+def _pool(resources: run.Resources, blocks: int, calls: int | None) -> Any:
+    """Actors of a step, never more than there are blocks."""
+    least = min(resources.actors, blocks)
+    most = min(resources.most_actors or resources.actors, blocks)
+    size: dict[str, Any] = {"size": least}
+    if most > least:
+        size = {"min_size": least, "max_size": most, "initial_size": least}
+    return ray.data.ActorPoolStrategy(**size, max_concurrent_calls_per_actor=calls)
 
 
 def _context(key: str, resume: Path) -> Any:

@@ -44,6 +44,8 @@ class Resources:
 
     actors: int = 1
     """Processes, at least 1."""
+    most_actors: int | None = None
+    """As many there may become while work is waiting and the cluster has room; None is `actors`."""
     cpus: float = 0.5
     """Logical CPUs of each actor; Ray counts them, threads are bounded by OMP_NUM_THREADS."""
     gpus: float = 0.0
@@ -55,6 +57,10 @@ class Resources:
         if self.actors < 1 or self.batch_size < 1:
             raise ConfigError(
                 f"actors and batch_size are at least 1, got {self.actors} and {self.batch_size}"
+            )
+        if self.most_actors is not None and self.most_actors < self.actors:
+            raise ConfigError(
+                f"most_actors is at least actors, got {self.most_actors} and {self.actors}"
             )
         if self.cpus < 0 or self.gpus < 0:
             raise ConfigError(f"cpus and gpus are not negative, got {self.cpus} and {self.gpus}")

@@ -1,7 +1,8 @@
 """What this package's tests, and yours, run against instead of the real thing.
 
-    models   small models with random weights, and kills
-    server   an OpenAI-compatible server that goes wrong on purpose; `python -m ip2p_ray.testing`
+    models     small models with random weights, and kills
+    generator  candidates with made-up scores
+    server     an OpenAI-compatible server that goes wrong on purpose; `python -m ip2p_ray.testing`
 
 Names are imported from here; what needs torch is loaded when it is first asked for.
 """
@@ -12,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ip2p_ray.testing.generator import ScriptedGenerator
     from ip2p_ray.testing.models import (
         PIECES,
         WORDS,
@@ -37,6 +39,7 @@ __all__ = [
     "Counts",
     "Faults",
     "FaultyServer",
+    "ScriptedGenerator",
     "edit",
     "faulty_process",
     "killed_at",
@@ -53,4 +56,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "server" if name in _OF_THE_SERVER else "models"
+    module = "generator" if name == "ScriptedGenerator" else module
     return getattr(import_module(f"{__name__}.{module}"), name)

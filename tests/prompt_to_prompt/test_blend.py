@@ -73,3 +73,30 @@ def test_pairs_without_blend_stay() -> None:
     blended = maps.blend(LATENTS, 0, 10)
     assert torch.equal(blended[2], LATENTS[2])
     assert torch.equal(blended[3], LATENTS[1])
+
+
+def test_targets_of_one_source_blend_with_it_each_by_its_own_words() -> None:
+    maps = WordMaps(
+        [blend(start=0.0, threshold=0.5), None, blend(start=0.0, threshold=0.5)],
+        (4, 4),
+        downscale=1,
+        source=[0, 1, 0],
+    )
+    assert maps.indicators.shape[0] == maps.sums.shape[0] == 2 + 3
+    assert maps.indicators[:, :, 0].sum(1).tolist() == [1, 0, 4, 0, 4]
+    maps.sums[0, 0, 0] = 1.0  # the source: upper left
+    maps.sums[4, 15, 0] = 1.0  # the third target: lower right
+    sources = torch.stack([torch.zeros(1, 4, 4), torch.full((1, 4, 4), 2.0)])
+    blended = maps.blend(torch.cat([sources, torch.ones(3, 1, 4, 4)]), 0, 1)
+    assert torch.equal(blended[:2], sources)
+    corner = torch.zeros(4, 4)
+    corner[:2, :2] = 1
+    assert torch.equal(blended[2, 0], corner)
+    assert torch.equal(blended[3, 0], torch.ones(4, 4))
+    assert torch.equal(blended[4, 0], corner + corner.flip(0, 1))
+
+
+def test_other_words_of_a_shared_caption_are_refused() -> None:
+    other = local_blend(TOKENIZER, SOURCE, TARGET, words=(["mat"], ["red"]))
+    with pytest.raises(ConfigError, match="different words"):
+        WordMaps([blend(), other], (4, 4), source=[0, 0])

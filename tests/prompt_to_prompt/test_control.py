@@ -51,6 +51,23 @@ def test_rows_of_the_source_are_gathered_in_both_halves() -> None:
     assert control.cross is None
 
 
+def test_targets_that_share_a_source_gather_its_row() -> None:
+    """Two sources, targets 2 to 4 of a half; the first two follow source 0."""
+    pairs = [PairControl(self_replace=p) for p in (0.9, 0.1, 0.9)]
+    control = attention_control(pairs, step=5, steps=11, source=[0, 0, 1])
+    assert control is not None
+    assert control.self_source is not None
+    assert control.self_source.tolist() == [0, 1, 0, 3, 1, 5, 6, 5, 8, 6]
+    replaced = cross_control(TOKENIZER, caption("a cat"), caption("a dog"), kind="replace")
+    crossed = [PairControl(), PairControl(cross=replaced), PairControl(cross=replaced)]
+    control = attention_control(crossed, step=0, steps=10, source=[0, 1, 1])
+    assert control is not None
+    assert control.cross is not None
+    assert control.cross.own.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert control.cross.copied.tolist() == [8, 9]
+    assert control.cross.source.tolist() == [6, 6]
+
+
 def weights(step: int, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
     control = cross_control(
         TOKENIZER,

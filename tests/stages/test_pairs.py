@@ -1,13 +1,13 @@
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from ip2p_ray import storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.filtering import Thresholds
+from ip2p_ray.generator import GeneratorWeights, Holding
 from ip2p_ray.images import decode_image
 from ip2p_ray.schema import (
     CANDIDATES,
@@ -19,7 +19,7 @@ from ip2p_ray.schema import (
     pair_key,
     recipe,
 )
-from ip2p_ray.stages import pairs, run
+from ip2p_ray.stages import pair_actors, pairs
 
 pytestmark = pytest.mark.ray
 
@@ -62,7 +62,7 @@ def test_pairs_have_the_keys_of_their_content(made, name):
 
 def test_shards_are_named_by_split(made):
     for split in ("train", "held_out"):
-        table = pq.read_table(f"{made.uri('pairs')}/{split}-00000.parquet")
+        table = pq.read_table(f"{made.uri('pairs')}/{split}-00000-00000.parquet")
         assert set(table["split"].to_pylist()) <= {split}
 
 
@@ -74,7 +74,8 @@ def test_every_candidate_has_its_scores(made, name):
 def test_candidates_do_not_depend_on_their_batch(made, name):
     config = made.preset.pairs
     triplets = storage.read_dataset(made.uri("triplets"), TRIPLETS)
-    actor = pairs.GenerateCandidates(made.preset.generator, config, name, batch_size=1)
+    weights = GeneratorWeights(source=made.preset.generator)
+    actor = pair_actors.GenerateCandidates(weights, Holding(batch_size=1), config, name)
     stored = {
         row["triplet_key"]: row["candidates"]
         for row in storage.read_dataset(made.uri("candidates"), CANDIDATES).to_pylist()
@@ -93,7 +94,7 @@ def test_candidates_do_not_depend_on_their_batch(made, name):
 def test_the_judge_keeps_the_images_of_kept_candidates_only(made, name):
     rows = storage.read_dataset(made.uri("candidates"), CANDIDATES).slice(0, 1)
     strict = replace(made.preset.pairs, keep=1)
-    (table,) = pairs.JudgeCandidates(made.preset.judge, strict)(rows)
+    (table,) = pair_actors.JudgeCandidates(made.preset.judge, strict)(rows)
     first, second = table.to_pylist()[0]["candidates"]
     kept, dropped = (first, second) if first["reason"] is None else (second, first)
     assert kept["source_image"]["bytes"]
@@ -104,39 +105,33 @@ def test_the_judge_keeps_the_images_of_kept_candidates_only(made, name):
 
 
 def test_rejects_say_why_and_no_pair_at_all_fails_the_stage(made, tmp_path):
-    """The candidates stand already in the folder, all of them too low in image_similarity."""
-    config = replace(made.preset.pairs, thresholds=Thresholds(text=-1, image=0.99, direction=-1))
-    rows = storage.read_dataset(made.uri("candidates"), CANDIDATES).to_pylist()
-    for row in rows:
-        for candidate in row["candidates"]:
-            candidate.update(
-                image_similarity=0.5,
-                reason="image_similarity",
-                source_image=None,
-                edited_image=None,
-            )
-    uri = str(tmp_path / "candidates")
-    table = pa.Table.from_pylist(rows, schema=CANDIDATES)
-    origin = run.Origin(
-        dataset="candidates",
-        config=pairs.asdict(config),
-        models={"generator": "g", "judge": "j"},
-        sources={"triplets": storage.read_manifest(made.uri("triplets")).recipe},
+    config = replace(made.preset.pairs, thresholds=Thresholds(text=1, image=-1, direction=-1))
+    making = pairs.Making(
+        generator=GeneratorWeights(source=made.preset.generator),
+        judge=made.preset.judge,
+        holding=Holding(batch_size=4),
     )
-    run.make(uri, origin, lambda: storage.write_shard(uri, "c-0", table) or [])
+    models = storage.read_manifest(made.uri("candidates")).models
     with pytest.raises(StageError) as caught:
-        pairs.generate_pairs(
-            made.uri("triplets"),
-            str(tmp_path),
-            config,
-            generator="g",
-            judge="j",
-            models=origin.models,
-            resources=run.Resources(),
-        )
-    count = 2 * len(rows)
+        pairs.generate_pairs(made.uri("triplets"), str(tmp_path), config, making, models=models)
+    count = 2 * storage.read_manifest(made.uri("triplets")).rows
     assert f"none of {count} candidates" in str(caught.value)
-    assert f"{count} by image_similarity below 0.99" in str(caught.value)
+    assert f"{count} by caption_similarity below 1" in str(caught.value)
     rejects = storage.read_dataset(str(tmp_path / "rejects" / "pairs"), REJECTS).to_pylist()
-    assert {(row["reason"], row["detail"]) for row in rejects} == {("image_similarity", "0.500")}
+    assert {row["reason"] for row in rejects} == {"caption_similarity"}
+    assert all(-1 <= float(row["detail"]) < 1 for row in rejects)
     assert len(rejects) == count
+    rows = storage.read_dataset(str(tmp_path / "candidates"), CANDIDATES).to_pylist()
+    shown = [candidate for row in rows for candidate in row["candidates"]]
+    assert all(decode_image(candidate["edited_image"]["bytes"]) for candidate in shown)
+
+
+def test_rows_lie_in_the_order_of_their_triplets_in_few_shards(made):
+    rows = storage.read_dataset(made.uri("candidates"), CANDIDATES).to_pylist()
+    keys = [row["triplet_key"] for row in rows]
+    assert keys == sorted(keys)
+    assert [shard.name for shard in storage.read_manifest(made.uri("candidates")).shards] == [
+        "part-00000/candidates-00000.parquet"
+    ]
+    assert not (made.folder / "candidates" / "part-00000" / pairs.BLOCKS).exists()
+    assert all(row["seconds"] > 0 for row in rows)

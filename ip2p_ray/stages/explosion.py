@@ -1,0 +1,166 @@
+"""candidates -> pairs, scores, rejects: a row a candidate, read off the rows of the triplets.
+
+Each part of the candidates is read by a task of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from ip2p_ray import storage
+from ip2p_ray.errors import StageError
+from ip2p_ray.filtering import NOT_BEST, Thresholds, least_similarities
+from ip2p_ray.report import Report
+from ip2p_ray.schema import CANDIDATES, PAIRS, REJECTS, SCORES, pair_key
+from ip2p_ray.stages import plan, run
+from ip2p_ray.stages.queue import clear
+
+SHARD_ROWS = 20_000
+"""Of scores and rejects."""
+
+SHARD_PAIRS = 1024
+"""Of pairs, whose rows hold pictures."""
+
+_IMAGES = ("source_image", "edited_image")
+_CANDIDATE = [field.name for field in CANDIDATES.field("candidates").type.value_type]
+_TASKS = 8  # that run at the same time
+
+
+def explode(folder: str, thresholds: Thresholds, made: storage.Manifest) -> storage.Manifest:
+    """The dataset `<folder>/pairs`, with scores and rejects/pairs, of `<folder>/candidates`.
+
+    `made` is the manifest of the candidates, judged by the thresholds.
+
+    Raises:
+        StageError: no candidate was accepted; the text says which threshold rejected how many.
+    """
+    candidates, scores = storage.join(folder, "candidates"), storage.join(folder, "scores")
+    rejects, pairs = storage.join(folder, "rejects", "pairs"), storage.join(folder, "pairs")
+
+    def origin(dataset: str) -> run.Origin:
+        return run.Origin(dataset=dataset, config={}, sources={"candidates": made.recipe})
+
+    def write(target: str, write_part: Callable[..., None]) -> list[Report]:
+        clear(target)
+        _each_part(write_part, candidates, target)
+        return []
+
+    def write_pairs() -> list[Report]:
+        report = _report(scores, made.wall_seconds)
+        if not report.rows_out:
+            raise StageError(_nothing_kept(report, thresholds, scores))
+        return [*write(pairs, _write_pairs), report]
+
+    run.make(scores, origin("scores"), lambda: write(scores, _write_scores))
+    run.make(rejects, origin("rejects"), lambda: write(rejects, _write_rejects))
+    return run.make(pairs, origin("pairs"), write_pairs)
+
+
+def exploded(shard: str, *, images: bool = True, only: Sequence[str] | None = None) -> pa.Table:
+    """A row for each candidate of a shard of candidates, with the columns of its triplet.
+
+    Without `images` their columns are not read; with `only` those triplets are.
+    """
+    names = [name for name in _CANDIDATE if images or name not in _IMAGES]
+    triplet = [name for name in CANDIDATES.names if name != "candidates"]
+    nested = [f"candidates.list.element.{name}" for name in names]
+    if only is None:
+        with pq.ParquetFile(storage.local_path(shard)) as file:
+            table = file.read(columns=[*triplet, *nested])
+    else:
+        table = pq.read_table(shard, filters=pc.field("triplet_key").isin(only))
+    lists = table["candidates"].combine_chunks()
+    flat = pc.list_flatten(lists)
+    found = table.select(triplet).take(pc.list_parent_indices(lists))
+    for name in names:
+        found = found.append_column(name, pc.struct_field(flat, name))
+    texts = (found[name].to_pylist() for name in ("triplet_key", "index", "recipe"))
+    keys = [pair_key(*each) for each in zip(*texts, strict=True)]
+    return found.append_column("pair_key", pa.array(keys, pa.string()))
+
+
+def _each_part(write_part: Callable[..., None], candidates: str, target: str) -> None:
+    """Runs the function, as tasks, on the shards of each part of the candidates."""
+    shards = plan.shards(candidates)
+    parts = itertools.groupby(shards, key=lambda shard: PurePosixPath(shard).parent.name)
+    task: Any = ray.remote(num_cpus=plan.TASK_CPUS, max_retries=3)(write_part)
+    running: list[Any] = []
+    for name, inside in parts:
+        if len(running) == _TASKS:
+            done, running = ray.wait(running)
+            ray.get(done)
+        running.append(task.remote(list(inside), name.removeprefix("part-"), target))
+    ray.get(running)
+
+
+def _write_scores(shards: list[str], part: str, target: str) -> None:
+    tables = (exploded(shard, images=False) for shard in shards)
+    _write(target, f"scores-{part}", SCORES, tables, SHARD_ROWS)
+
+
+def _write_rejects(shards: list[str], part: str, target: str) -> None:
+    tables = (_rejects(exploded(shard, images=False)) for shard in shards)
+    _write(target, f"rejects-{part}", REJECTS, tables, SHARD_ROWS)
+
+
+def _write_pairs(shards: list[str], part: str, target: str) -> None:
+    for split in ("train", "held_out"):
+        kept = (_kept(exploded(shard), split) for shard in shards)
+        _write(target, f"{split}-{part}", PAIRS, kept, SHARD_PAIRS)
+
+
+def _kept(table: pa.Table, split: str) -> pa.Table:
+    of_split = pc.equal(table["split"], split)
+    return table.filter(pc.and_(of_split, pc.is_null(table["reason"])))
+
+
+def _rejects(table: pa.Table) -> pa.Table:
+    table = table.filter(pc.is_valid(table["reason"]))
+    return pa.Table.from_pylist([_reject(row) for row in table.to_pylist()], schema=REJECTS)
+
+
+def _reject(row: Mapping[str, Any]) -> dict[str, Any]:
+    reason = row["reason"]
+    value = row.get("direction_similarity" if reason == NOT_BEST else reason)
+    detail = None if value is None else f"{value:.3f}"
+    return {"stage": "pairs", "key": row["pair_key"], "reason": reason, "detail": detail}
+
+
+def _write(uri: str, prefix: str, schema: pa.Schema, tables: Iterator[pa.Table], most: int) -> None:
+    """Shards of at most so many rows; one even where there are no rows."""
+    number, waiting = 0, schema.empty_table()
+    for table in tables:
+        waiting = pa.concat_tables([waiting, table.select(schema.names).cast(schema)])
+        while len(waiting) >= most:
+            storage.write_shard(uri, f"{prefix}-{number:05d}", waiting.slice(0, most))
+            number, waiting = number + 1, waiting.slice(most)
+    if len(waiting) or not number:
+        storage.write_shard(uri, f"{prefix}-{number:05d}", waiting)
+
+
+def _report(scores: str, seconds: float) -> Report:
+    counts = Counter[str | None]()
+    for shard in plan.shards(scores):
+        counts.update(pq.read_table(shard, columns=["reason"])["reason"].to_pylist())
+    return Report.count("pairs", counts.elements(), seconds)
+
+
+def _nothing_kept(report: Report, thresholds: Thresholds, scores: str) -> str:
+    least = least_similarities(thresholds)
+    counts = ", ".join(
+        f"{count:,} by {reason}" + (f" below {least[reason]:g}" if reason in least else "")
+        for reason, count in report.rejected.items()
+    )
+    return (
+        f"pairs: none of {report.rows_in:,} candidates was accepted: {counts}. Their scores are in "
+        f"{scores}; generate more candidates or lower that threshold"
+    )

@@ -1,0 +1,137 @@
+"""What Ray costs the pairs stage: how busy its generators are, how much memory the driver takes.
+
+Each generator notes when it began and ended a triplet; starting Ray and loading models is told
+apart. Made for `jobs/benchmark.py pipeline`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import ray
+
+from ip2p_ray import storage
+from ip2p_ray.pairs import PairConfig
+from ip2p_ray.schema import TRIPLETS
+from ip2p_ray.stages.pair_actors import GenerateCandidates, JudgeCandidates
+from ip2p_ray.stages.pairs import Making, generate_pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """What generators noted of one run."""
+
+    triplets: int
+    seconds: float
+    """From the beginning of the first triplet to the end of the last."""
+    busy: float
+    """Share of that time, in [0, 1], that the generators were at work."""
+    wall_seconds: float
+    """Of the whole run, with the start of the actors and all that follows."""
+
+
+def noted(generator: type, log: str) -> type:
+    """The class of a generator, such as GenerateCandidates, that notes its times in the file."""
+
+    class Noted:
+        def __init__(self, **arguments: Any) -> None:
+            self._made = generator(**arguments)
+
+        def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+            began = time.time()
+            for table in self._made(batch):
+                with Path(log).open("a") as file:  # one short write: lines do not mix
+                    file.write(json.dumps([began, time.time()]) + "\n")
+                yield table
+                began = time.time()
+
+    return Noted
+
+
+def piped(
+    triplets: str,
+    folder: str,
+    config: PairConfig,
+    making: Making,
+    *,
+    models: dict[str, str],
+    actors: tuple[type, type] = (GenerateCandidates, JudgeCandidates),
+) -> Span:
+    """The stage from triplets to pairs, in a folder that has none yet."""
+    log = Path(folder) / "times.jsonl"
+    began = time.monotonic()
+    watched = (noted(actors[0], str(log)), actors[1])
+    generate_pairs(triplets, folder, config, making, models=models, actors=watched)
+    return span(log, making.generators.actors, time.monotonic() - began)
+
+
+def bare(triplets: str, folder: str, config: PairConfig, making: Making) -> Span:
+    """The same candidates by one generator in a loop of its own process, without a judge."""
+    task: Any = ray.remote(num_cpus=making.generators.cpus, num_gpus=making.generators.gpus)(_loop)
+    log = Path(folder) / "bare.jsonl"
+    began = time.monotonic()
+    ray.get(task.remote(triplets, str(log), config, making))
+    return span(log, 1, time.monotonic() - began)
+
+
+def _loop(triplets: str, log: str, config: PairConfig, making: Making) -> None:
+    generator = noted(GenerateCandidates, log)(
+        weights=making.generator, holding=making.holding, config=config, recipe="bare"
+    )
+    rows = storage.read_dataset(triplets, TRIPLETS)
+    each = max(1, making.holding.batch_size // config.candidates)
+    for start in range(0, len(rows), each):
+        for _ in generator(rows.slice(start, each)):
+            pass
+
+
+def span(log: Path, actors: int, wall_seconds: float) -> Span:
+    """What the file of `noted` says of a run of so many generators."""
+    times = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    seconds = max(ended for _, ended in times) - min(began for began, _ in times)
+    worked = sum(ended - began for began, ended in times)
+    return Span(
+        triplets=len(times),
+        seconds=seconds,
+        busy=worked / (actors * seconds),
+        wall_seconds=wall_seconds,
+    )
+
+
+@contextmanager
+def peak_memory(every_s: float = 0.5) -> Iterator[dict[str, int]]:
+    """The largest resident memory of this process while the block runs, under "driver", in bytes.
+
+    And under "object_store" the most that lay in Ray's.
+    """
+    peak = {"driver": 0, "object_store": 0}
+    process, stop = psutil.Process(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(every_s):
+            peak["driver"] = max(peak["driver"], process.memory_info().rss)
+            if ray.is_initialized():
+                peak["object_store"] = max(peak["object_store"], _object_store_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _object_store_bytes() -> int:
+    name = "object_store_memory"
+    have, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
+    return int(have.get(name, 0) - free.get(name, 0))

@@ -1,0 +1,155 @@
+"""triplets -> queue: those that can be used, each once, in parts that one plan can hold."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ip2p_ray import storage
+from ip2p_ray.distinct import KEPT, NOT_SAMPLED, Distinct
+from ip2p_ray.errors import DatasetError, StageError
+from ip2p_ray.report import Report
+from ip2p_ray.schema import REJECTS, TRIPLETS, triplet_key
+from ip2p_ray.stages import plan, run
+from ip2p_ray.stages.captions import Shards
+
+PART_TRIPLETS = 16_384
+"""Triplets of a part."""
+
+NO_TEXT, WRONG_KEY, DUPLICATE, NOT_DRAWN = "no_text", "wrong_key", "duplicate", "not_drawn"
+
+_TEXTS = ("caption", "instruction", "edited_caption")
+
+
+def fill_queue(
+    triplets: str,
+    folder: str,
+    *,
+    limit: int | None = None,
+    max_reject_share: float = 1.0,
+    part_triplets: int = PART_TRIPLETS,
+) -> storage.Manifest:
+    """The dataset `<folder>/queue`, TRIPLETS, and `<folder>/rejects/queue`.
+
+    A triplet is dropped that lacks a text, whose key is not that of its texts, or that was there
+    before. Of the others `limit` are drawn, always the same ones, and those of a smaller limit are
+    among those of a larger. Each part is in the order of the keys.
+
+    Raises:
+        DatasetError: the triplets are not whole, or lack a column.
+        StageError: more than `max_reject_share` of the triplets are unusable, or all; says why.
+    """
+    queue, rejects = storage.join(folder, "queue"), storage.join(folder, "rejects", "queue")
+    origin = run.Origin(
+        dataset="queue",
+        config={"limit": limit, "part_triplets": part_triplets},
+        sources={"triplets": storage.read_manifest(triplets).recipe},
+    )
+
+    def fill() -> list[Report]:
+        began = time.monotonic()
+        reasons = _reasons(triplets, limit)
+        report = Report.count("queue", reasons, time.monotonic() - began)
+        _judge(report, triplets, max_reject_share)
+        _write(triplets, reasons, queue, part_triplets)
+        return [report]
+
+    def reject() -> list[Report]:
+        _write_rejects(triplets, _reasons(triplets, limit), rejects)
+        return []
+
+    made = run.make(queue, origin, fill)
+    run.make(rejects, replace(origin, dataset="rejects"), reject)
+    return made
+
+
+def _rows(triplets: str) -> Iterator[dict[str, Any]]:
+    for shard in plan.shards(triplets):
+        try:
+            with pq.ParquetFile(storage.local_path(shard)) as file:
+                missing = set(TRIPLETS.names) - set(file.schema_arrow.names)
+                if missing:
+                    raise DatasetError(
+                        f"shard {shard} holds no triplets: it lacks {', '.join(sorted(missing))}; "
+                        "jobs/collect_captions.py makes triplets of prompt files"
+                    )
+                for batch in file.iter_batches(4096, columns=TRIPLETS.names):
+                    yield from batch.to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise DatasetError(f"shard {shard} cannot be read: {error}") from error
+
+
+def _reasons(triplets: str, limit: int | None) -> list[str | None]:
+    """Why each row, in the order in which they lie there, is dropped; None where it is not."""
+    distinct, reasons, places = Distinct(), [], []
+    for place, row in enumerate(_rows(triplets)):
+        reasons.append(_fault(row))
+        if reasons[-1] is None:
+            distinct.add(row["triplet_key"])
+            places.append(place)
+    for place, verdict in zip(places, distinct.verdicts(sample=limit), strict=True):
+        if verdict != KEPT:
+            reasons[place] = NOT_DRAWN if verdict == NOT_SAMPLED else DUPLICATE
+    return reasons
+
+
+def _fault(row: dict[str, Any]) -> str | None:
+    texts = [row[name] for name in _TEXTS]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        return NO_TEXT
+    return None if row["triplet_key"] == triplet_key(*texts) else WRONG_KEY
+
+
+def _judge(report: Report, triplets: str, max_reject_share: float) -> None:
+    """Returns if enough triplets can be used."""
+    counts = Counter(report.rejected)
+    drawn = report.rows_in - counts.pop(NOT_DRAWN, 0)
+    bad = sum(counts.values())
+    told = ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common())
+    if not report.rows_out:
+        raise StageError(f"queue: none of {drawn:,} triplets of {triplets} can be used: {told}")
+    if bad > max_reject_share * drawn:
+        raise StageError(
+            f"queue: {bad:,} of {drawn:,} triplets of {triplets} cannot be used, more than the "
+            f"{max_reject_share:.0%} allowed: {told}; mend them, or raise --max-reject-share"
+        )
+
+
+def _write(triplets: str, reasons: list[str | None], queue: str, part_triplets: int) -> None:
+    clear(queue)
+    part: list[dict[str, Any]] = []
+    number = 0
+    left = sum(reason is None for reason in reasons)
+    for row, reason in zip(_rows(triplets), reasons, strict=True):
+        if reason is not None:
+            continue
+        part.append(row)
+        left -= 1
+        if len(part) == part_triplets or not left:
+            table = pa.Table.from_pylist(part, schema=TRIPLETS).sort_by("triplet_key")
+            storage.write_shard(queue, f"part-{number:05d}", table)
+            part, number = [], number + 1
+
+
+def _write_rejects(triplets: str, reasons: list[str | None], rejects: str) -> None:
+    clear(rejects)
+    shards = Shards(rejects, "rejects", REJECTS)
+    for row, reason in zip(_rows(triplets), reasons, strict=True):
+        if reason in (None, NOT_DRAWN):
+            continue
+        texts = " | ".join(str(row[name]) for name in _TEXTS)
+        key = row["triplet_key"] or ""
+        shards.add({"stage": "pairs", "key": key, "reason": reason, "detail": texts})
+    shards.close()
+
+
+def clear(uri: str) -> None:
+    """Removes what a killed run left of a dataset that is written anew."""
+    for shard in storage.list_shards(uri):
+        storage.local_path(shard).unlink()

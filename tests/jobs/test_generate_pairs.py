@@ -1,0 +1,133 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ip2p_ray import storage
+from ip2p_ray.images import decode_image
+from ip2p_ray.schema import CANDIDATES, PAIRS, SCORES
+from ip2p_ray.stages.run import locked
+from ip2p_ray.testing.pairs import write_triplets
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+JOB = ROOT / "jobs" / "generate_pairs.py"
+
+FLAGS = {
+    *("--triplets", "--out", "--preset", "--dry-run", "--generator", "--judge", "--dtype"),
+    *("--vae", "--resolution", "--steps", "--sampler", "--candidates", "--self-replace"),
+    *("--guidance-scale", "--cross-replace", "--keep", "--image-format", "--text", "--image"),
+    *("--direction", "--limit", "--max-reject-share", "--actors", "--most-actors", "--gpus"),
+    *("--cpus", "--batch-size", "--decode-batch", "--channels-last", "--compile"),
+    *("--judge-actors", "--judge-gpus", "--judge-batch", "--stop-early", "--stop-margin"),
+    *("--give-up", "--acceptance-prior", "--decide-every", "--share-source", "--prune-at"),
+    *("--prune-text", "--prune-image", "--prune-direction"),
+}
+"""Public: a flag that goes away, or changes its name, breaks somebody's command."""
+
+
+def run_job(*arguments, timeout=600):
+    return subprocess.run(
+        [sys.executable, str(JOB), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "400"},
+    )
+
+
+def test_the_flags_are_those_that_were_promised():
+    done = run_job("--help")
+    assert done.returncode == 0
+    assert set(re.findall(r"--[a-z][a-z-]+", done.stdout)) - {"--help"} == FLAGS
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--out", "x"], "--triplets"),
+        (["--triplets", "t", "--actors", "0"], "--actors is at least 1"),
+        (["--triplets", "t", "--actors", "3", "--most-actors", "2"], "--most-actors is at least"),
+        (["--triplets", "t", "--max-reject-share", "1.5"], "--max-reject-share lies in [0, 1]"),
+        (["--triplets", "t", "--give-up", "0.1"], "--give-up needs --judge-actors 0"),
+        (["--triplets", "s3://bucket/t"], "only local datasets can be read"),
+        (["--triplets", "t", "--sampler", "heun"], "--sampler"),
+        (["--triplets", "t", "--candidats", "3"], "--candidats"),
+    ],
+)
+def test_a_wrong_flag_is_told_in_a_sentence(flags, told):
+    done = run_job(*flags)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_dataset_and_a_folder_in_use_end_it_before_anything_starts(tmp_path):
+    done = run_job("--triplets", tmp_path / "no", "--out", tmp_path)
+    assert done.returncode == 1
+    assert "does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+    write_triplets(str(tmp_path / "triplets"), 3)
+    with locked(tmp_path):
+        done = run_job("--triplets", tmp_path / "triplets", "--out", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"generate_pairs: another run is working in {tmp_path}")
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_weights):
+    """Of a run on models that are random, small and quick."""
+    return [
+        *("--generator", tiny_weights / "generator", "--judge", tiny_weights / "judge"),
+        *("--steps", 2, "--resolution", 64, "--candidates", 3, "--keep", 2, "--batch-size", 4),
+        *("--text", -1, "--image", -1, "--direction", -1, "--image-format", "jpeg"),
+    ]
+
+
+@pytest.mark.ray
+def test_a_run_tells_its_plan_makes_pairs_and_goes_on_with_other_workers(flags, tmp_path):
+    write_triplets(str(tmp_path / "triplets"), 6)
+    asked = ["--triplets", tmp_path / "triplets", "--out", tmp_path, *flags]
+    plan = run_job(*asked, "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    assert "plan: 6 triplets, 18 candidates, at most 12 pairs" in plan.stdout
+    assert re.search(r"4 at a time \(measured over a batch\)", plan.stdout)
+    assert not (tmp_path / "candidates").exists()
+
+    done = run_job(*asked, "--actors", 1)
+    assert done.returncode == 0, done.stderr
+    assert "pairs: kept 12 of 18 (67 %); rejected not_best 6" in done.stdout
+    pairs = storage.read_dataset(str(tmp_path / "pairs"), PAIRS).to_pylist()
+    assert len(pairs) == 12
+    for row in pairs:
+        assert row["edited_image"]["bytes"][:2] == b"\xff\xd8"
+        assert decode_image(row["edited_image"]["bytes"]).size == (64, 64)
+    scores = storage.read_dataset(str(tmp_path / "scores"), SCORES)
+    assert scores.num_rows == 18
+    rows = storage.read_dataset(str(tmp_path / "candidates"), CANDIDATES).to_pylist()
+    assert sum(row["seconds"] for row in rows) > 0
+    page = (tmp_path / "pairs.html").read_text()
+    assert "12 of 18 candidates were kept" in page
+    assert page.count("data:image/jpeg;base64,") == 2 * (12 + 12 + 6)
+
+    again = run_job(*asked, "--actors", 2)
+    assert again.returncode == 0, again.stderr
+    assert "candidates: there already, 6 rows" in again.stdout
+    assert "plan:" not in again.stdout
+    other = run_job(*asked, "--steps", 3)
+    assert other.returncode == 1
+    assert "was made differently (steps 2 there, 3 now)" in other.stderr
+
+
+@pytest.mark.ray
+def test_a_model_that_is_not_there_is_named(flags, tmp_path):
+    write_triplets(str(tmp_path / "triplets"), 2)
+    flags = ["--triplets", tmp_path / "triplets", "--out", tmp_path, *flags[2:]]
+    done = run_job(*flags, "--generator", tmp_path / "no")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"generate_pairs: no model folder {tmp_path / 'no'}: give a diffusers folder or a hub id"
+    )

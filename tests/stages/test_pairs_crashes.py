@@ -1,0 +1,154 @@
+"""Drivers, workers and nodes are killed at random; what comes out is what an undisturbed run makes.
+
+The generator only sleeps and the judge draws, so the stage is all that is tested.
+"""
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ip2p_ray import storage
+from ip2p_ray.schema import PAIRS, SCORES, SIMILARITIES
+from ip2p_ray.testing.pairs import write_triplets
+
+logger = logging.getLogger(__name__)
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
+
+DRIVER = Path(__file__).parent / "pairs_driver.py"
+KILLS, TRIPLETS, MOST_ACTORS = 20, 200, 3
+SECONDS = 1.5  # of one triplet
+
+
+class Runs:
+    """Runs of the driver in a cluster of three nodes, two of which may die."""
+
+    def __init__(self, root: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.root = root
+        self.cluster = Cluster(
+            initialize_head=True,
+            connect=False,
+            head_node_args={"num_cpus": 3, "include_dashboard": False},
+        )
+        self.nodes = [self._node(), self._node()]
+
+    def _node(self):
+        return self.cluster.add_node(num_cpus=2, wait=False)
+
+    def close(self) -> None:
+        self.cluster.shutdown()
+
+    def start(self, folder: Path, actors: int, seconds: float) -> subprocess.Popen:
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen(
+            [
+                *(sys.executable, DRIVER, self.root / "triplets", folder, str(actors)),
+                *(str(seconds), self.root / f"{folder.name}.jsonl"),
+            ],
+            env={**os.environ, "RAY_ADDRESS": self.cluster.address},
+            stdout=(self.root / f"{folder.name}.log").open("a"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def lines(self, folder: Path):
+        log = self.root / f"{folder.name}.jsonl"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def kill(self, kind: str, driver: subprocess.Popen, folder: Path, draw: random.Random) -> bool:
+        """Whether there was one to kill."""
+        if kind == "driver":
+            driver.kill()
+            driver.wait()
+            return True
+        if kind == "node":
+            place = draw.randrange(2)
+            self.cluster.remove_node(self.nodes[place], allow_graceful=False)
+            self.nodes[place] = self._node()
+            return True
+        pids = list(dict.fromkeys(line["pid"] for line in self.lines(folder)[-6:]))
+        draw.shuffle(pids)
+        for pid in pids:
+            if _is_worker(pid):
+                os.kill(pid, signal.SIGKILL)
+                return True
+        return False
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        return "ray::" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def runs(tmp_path):
+    before = dict(os.environ)
+    os.environ.update(
+        RAY_health_check_period_ms="500",
+        RAY_health_check_failure_threshold="4",
+        RAY_health_check_initial_delay_ms="0",
+    )
+    found = Runs(tmp_path)
+    yield found
+    found.close()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def outcome(folder: Path):
+    """Pairs and scores, each by its key; and that none is there twice."""
+    found = {}
+    for name, schema, columns in (
+        ("scores", SCORES, ("pair_key", "seed", *SIMILARITIES, "reason")),
+        ("pairs", PAIRS, ("pair_key", "triplet_key", "seed", *SIMILARITIES, "source_image")),
+    ):
+        rows = storage.read_dataset(str(folder / name), schema, columns=list(columns)).to_pylist()
+        assert max(Counter(row["pair_key"] for row in rows).values()) == 1
+        found[name] = {row["pair_key"]: row for row in rows}
+    return found
+
+
+def test_twenty_kills_change_nothing(runs, tmp_path):
+    write_triplets(str(tmp_path / "triplets"), TRIPLETS)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    first = runs.start(undisturbed, 2, seconds=0.0)
+    assert first.wait(600) == 0, (tmp_path / "undisturbed.log").read_text()[-3000:]
+    expected = outcome(undisturbed)
+    assert len(expected["scores"]) == 4 * TRIPLETS
+
+    draw = random.Random(20)
+    kills = Counter()
+    while kills.total() < KILLS:
+        driver = runs.start(killed, draw.randint(1, MOST_ACTORS), SECONDS)
+        while driver.poll() is None and kills.total() < KILLS:
+            time.sleep(draw.uniform(2, 12))
+            kind = draw.choice(["driver", "driver", "worker", "node"])
+            if driver.poll() is None and runs.kill(kind, driver, killed, draw):
+                kills[kind] += 1
+        if driver.poll() == 0:
+            break  # it was done before the last kill
+        driver.kill()
+        driver.wait()
+    last = runs.start(killed, MOST_ACTORS, seconds=0.05)
+    assert last.wait(900) == 0, (tmp_path / "killed.log").read_text()[-3000:]
+
+    assert outcome(killed) == expected
+    made = Counter(line["key"] for line in runs.lines(killed))
+    again = made.total() - len(made)
+    logger.info("%s kills; %d of %d triplets were made again", dict(kills), again, len(made))
+    assert len(made) == TRIPLETS
+    assert set(kills) == {"driver", "worker", "node"}
+    assert again <= kills.total() * MOST_ACTORS
+    assert not list(killed.rglob("*.tmp"))
