@@ -15,7 +15,7 @@ from markupsafe import Markup
 from ip2p_ray.report import Report, duration
 from ip2p_ray.triplets.quality import Quality
 
-if TYPE_CHECKING:  # it loads torch and diffusers, which a page of texts does without
+if TYPE_CHECKING:  # these load torch and diffusers, which a page does without
     from ip2p_ray.evaluation import CurvePoint
     from ip2p_ray.pairs import PairConfig
 

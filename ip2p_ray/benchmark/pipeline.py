@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ip2p_ray.atomic import atomic_file
 from ip2p_ray.command import require_place
 
 SIMULATED = (1, 2, 4)
@@ -14,7 +16,7 @@ SIMULATED = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline:
+class Options:
     """What Ray costs the pairs: workers that sleep, the miniature beside a bare loop, memory."""
 
     triplets: int = 64
@@ -37,8 +39,8 @@ class Pipeline:
             require_place("--json", self.json, folder=False)
 
 
-def run(job: Pipeline) -> tuple[dict[str, Any], str]:
-    """The figures, and a line for each."""
+def run(job: Options) -> str:
+    """A line for each figure; the JSON file is written."""
     from ip2p_ray.stages.run import local_ray
 
     found: dict[str, Any] = {}
@@ -50,10 +52,13 @@ def run(job: Pipeline) -> tuple[dict[str, Any], str]:
             found["real"] = _real(job, place, lines)
         if job.many:
             found["many"] = _many(job, place, lines)
-    return found, "\n".join(f"pipeline: {line}" for line in lines)
+    if job.json is not None:
+        with atomic_file(job.json) as new:
+            new.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return "\n".join(f"pipeline: {line}" for line in lines)
 
 
-def _sleeping(job: Pipeline, place: Path, workers: int, lines: list[str]) -> dict[str, Any]:
+def _sleeping(job: Options, place: Path, workers: int, lines: list[str]) -> dict[str, Any]:
     from ip2p_ray.generator import Holding
     from ip2p_ray.stages.overhead import piped
     from ip2p_ray.stages.pairs import Making
@@ -80,7 +85,7 @@ def _sleeping(job: Pipeline, place: Path, workers: int, lines: list[str]) -> dic
     return {"workers": workers, "efficiency": ideal / span.seconds, **asdict(span)}
 
 
-def _real(job: Pipeline, place: Path, lines: list[str]) -> dict[str, Any]:
+def _real(job: Options, place: Path, lines: list[str]) -> dict[str, Any]:
     from ip2p_ray import presets
     from ip2p_ray.generator import GeneratorWeights
     from ip2p_ray.miniature.scores import edit_tasks
@@ -116,7 +121,7 @@ def _real(job: Pipeline, place: Path, lines: list[str]) -> dict[str, Any]:
     return {"overhead": overhead, **{name: asdict(span) for name, span in spans.items()}}
 
 
-def _many(job: Pipeline, place: Path, lines: list[str]) -> dict[str, Any]:
+def _many(job: Options, place: Path, lines: list[str]) -> dict[str, Any]:
     from ip2p_ray.generator import Holding
     from ip2p_ray.stages.overhead import peak_memory, piped
     from ip2p_ray.stages.pairs import Making

@@ -1,6 +1,6 @@
-"""How fast the stage of triplets asks an endpoint, what that costs, and what it keeps in memory.
+"""`jobs/benchmark.py triplets`: how fast an endpoint is asked, what that costs and keeps in memory.
 
-The job as users run it, against the shipped server in a process of its own, on this machine.
+The jobs as users run them, against the shipped server in a process of its own, on this machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,20 @@ from urllib.request import urlopen
 import psutil
 
 from ip2p_ray import __version__
+from ip2p_ray.atomic import atomic_file
 from ip2p_ray.benchmark.processes import Cost, watched
+from ip2p_ray.command import require_place
 from ip2p_ray.errors import StageError
 
 SERVER, DRIVER, ACTOR = "server", "driver", "actors"
 MEBIBYTE = 1 << 20
+JOBS = Path(__file__).parents[2] / "jobs"
+"""Of this checkout."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TripletsBenchmark:
-    """What is asked, and how."""
+class Options:
+    """Replies a second of a server that answers after a while, and what they cost."""
 
     captions: int = 8_000
     """Captions to write triplets of."""
@@ -46,6 +50,8 @@ class TripletsBenchmark:
     """Requests in flight of each actor."""
     shots: int = 8
     """Examples shown with each caption."""
+    json: Path | None = None
+    """Where the figures go as JSON, besides the table."""
 
     def __post_init__(self) -> None:
         for name in ("captions", "actors", "concurrency"):
@@ -53,6 +59,8 @@ class TripletsBenchmark:
                 raise ValueError(f"--{name} is at least 1")
         if self.delay < 0 or self.shots < 0 or not 0 <= self.fault_rate < 1:
             raise ValueError("--delay and --shots are at least 0, --fault-rate lies in [0, 1)")
+        if self.json is not None:
+            require_place("--json", self.json, folder=False)
 
     @property
     def ideal(self) -> float | None:
@@ -60,32 +68,43 @@ class TripletsBenchmark:
         return self.actors * self.concurrency / self.delay if self.delay else None
 
 
-def measure(asked: TripletsBenchmark, job: Path) -> dict[str, Any]:
-    """What `job`, jobs/write_triplets.py, did; as JSON can express it.
+def run(job: Options) -> str:
+    """The table; the JSON file is written.
+
+    Raises:
+        StageError: the stage failed; says what it said.
+    """
+    found = measure(job)
+    if job.json is not None:
+        with atomic_file(job.json) as new:
+            new.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return "\n".join(lines(found))
+
+
+def measure(asked: Options) -> dict[str, Any]:
+    """What the job did; as JSON can express it.
 
     `steady` is the time between the first and the last tenth of the replies.
 
     Raises:
         StageError: the job failed; says what it said.
     """
-    from ip2p_ray.stages.captions import collect_captions  # with Ray, too slow for a --help
-
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder, _server(asked) as (server, url):
-        texts = [f"a red boat {number} at sea" for number in range(asked.captions)]
-        collect_captions(texts, f"{folder}/captions", config={})
+        texts = (f"a red boat {number} at sea\n" for number in range(asked.captions))
+        Path(folder, "captions.txt").write_text("".join(texts), encoding="utf-8")
+        with _job(folder, "collect_captions", "--files", f"{folder}/captions.txt") as process:
+            _require_success(process.wait(), folder)
         began = time.monotonic()
-        with _job(asked, job, folder, url) as process:
+        with _job(folder, "write_triplets", *_flags(asked, folder, url)) as process:
             roots = {process.pid: DRIVER, server.pid: SERVER}
             with watched(roots, _role) as cost:
-                status = process.wait()
+                _require_success(process.wait(), folder)
         seconds = time.monotonic() - began
-        if status:
-            raise StageError(f"{job} failed: {Path(folder, 'log').read_text(encoding='utf-8')}")
         with urlopen(url.removesuffix("/v1") + "/counts") as answer:
             counts = json.load(answer)
     return {
-        "asked": {field.name: getattr(asked, field.name) for field in fields(TripletsBenchmark)},
+        "asked": {name: value for name, value in vars(asked).items() if name != "json"},
         "machine": {
             "cores": psutil.cpu_count(),
             "load_before": round(load, 2),
@@ -99,7 +118,7 @@ def measure(asked: TripletsBenchmark, job: Path) -> dict[str, Any]:
 
 
 def _figures(
-    asked: TripletsBenchmark, counts: Mapping[str, Any], cost: Cost, seconds: float
+    asked: Options, counts: Mapping[str, Any], cost: Cost, seconds: float
 ) -> dict[str, Any]:
     times = sorted((float(at), count) for at, count in counts["paid_at"].items())
     replies = sum(count for _, count in times)
@@ -172,7 +191,7 @@ def _role(name: str) -> str:
 
 
 @contextmanager
-def _server(asked: TripletsBenchmark) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _server(asked: Options) -> Iterator[tuple[subprocess.Popen[str], str]]:
     command = [sys.executable, "-m", "ip2p_ray.testing", "--delay-s", str(asked.delay)]
     command += ["--fault-rate", str(asked.fault_rate), "--slow-s", str(asked.delay)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -184,13 +203,8 @@ def _server(asked: TripletsBenchmark) -> Iterator[tuple[subprocess.Popen[str], s
 
 
 @contextmanager
-def _job(
-    asked: TripletsBenchmark, job: Path, folder: str, url: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, str(job), "--captions", f"{folder}/captions", "--out", folder]
-    command += ["--model", "fake", "--base-url", url, "--api-key-env", "none"]
-    command += ["--shots", str(asked.shots), "--attempts", "30"]
-    command += ["--actors", str(asked.actors), "--concurrency", str(asked.concurrency)]
+def _job(folder: str, name: str, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, str(JOBS / f"{name}.py"), "--out", folder, *flags]
     with Path(folder, "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -198,3 +212,15 @@ def _job(
         finally:
             process.terminate()
             process.wait()
+
+
+def _flags(asked: Options, folder: str, url: str) -> list[str]:
+    flags = ["--captions", f"{folder}/captions", "--model", "fake", "--base-url", url]
+    flags += ["--api-key-env", "none", "--shots", str(asked.shots), "--attempts", "30"]
+    return [*flags, "--actors", str(asked.actors), "--concurrency", str(asked.concurrency)]
+
+
+def _require_success(status: int, folder: str) -> None:
+    if status:
+        told = Path(folder, "log").read_text(encoding="utf-8").strip()
+        raise StageError(f"the job failed: {told.splitlines()[-1] if told else status}")

@@ -69,8 +69,8 @@ def stream(
 
     One row in, one row out, identified by its column `key`. A killed plan goes on where it
     stopped: at most the blocks that were being worked on are made again, and no row is lost or
-    written twice. The dataset is not whole before `make` writes its manifest. How far it is is told
-    every `every_s` seconds of `name`, by default that of its folder.
+    written twice. The dataset is not whole before `make` writes its manifest. `name`, by default
+    that of its folder, is what the progress is told of, every `every_s` seconds.
     """
     rows = count_rows(sources)
     if not rows:
