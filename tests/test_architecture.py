@@ -21,7 +21,7 @@ LINES = (
     {"pairs", "filtering", "latents", "training", "checkpoint"},
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},
-    {"storage"},
+    {"storage", "objects"},
     {"stages"},
     {"jobs", "serve"},
 )
@@ -30,8 +30,9 @@ TESTING = "testing"
 
 ONLY_IN = {
     "ray": ("stages", "jobs", "serve"),
-    "boto3": ("storage",),
-    "botocore": ("storage",),
+    "boto3": ("objects",),
+    "botocore": ("objects",),
+    "moto": (TESTING,),
     "openai": ("triplets.endpoint", "triplets.writer", "triplets.openai_finetune"),
     "open_clip": ("clip", "miniature", TESTING),
 }
@@ -183,6 +184,7 @@ def test_everything_is_ascii():
         ("ip2p_ray.testing", "from openai import OpenAI"),
         ("ip2p_ray.triplets.reply", "from openai import OpenAI"),
         ("ip2p_ray.stages.pairs", "import boto3"),
+        ("ip2p_ray.storage", "import boto3"),
         ("ip2p_ray.pairs", "import open_clip"),
         ("ip2p_ray.clipping", "import open_clip"),
     ],
@@ -207,7 +209,7 @@ def test_a_relative_import_of_a_package_starts_at_the_package():
         ("ip2p_ray.miniature.train", "import open_clip\nfrom ip2p_ray.presets import MINIATURE"),
         ("ip2p_ray.clip", "import open_clip"),
         ("ip2p_ray.triplets.writer", "import openai"),
-        ("ip2p_ray.storage", "import boto3"),
+        ("ip2p_ray.objects", "import boto3"),
         ("ip2p_ray.stages.pairs", "import ray.data\nfrom ip2p_ray import storage"),
         ("ip2p_ray.testing", "from ip2p_ray.testing.server import FaultyServer"),
         ("ip2p_ray.testing", "import open_clip\nfrom ip2p_ray.editor import Editor"),
