@@ -35,6 +35,7 @@ ATTEMPTS = 10
 _PART_BYTES = 16 << 20
 _DELETE = 1000  # the most that one request may name
 _MISSING = {"NoSuchKey", "404", "NotFound"}
+_CONDITION_FAILED = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _UNREACHABLE = (
     botocore.exceptions.ConnectionError,
     botocore.exceptions.HTTPClientError,
@@ -117,13 +118,33 @@ def write(uri: str, data: bytes) -> None:
         _s3().upload_fileobj(io.BytesIO(data), bucket, key, Config=parts)
 
 
+def write_if(uri: str, data: bytes, expected: str | None) -> str | None:
+    """The tag of the object, written only if the one there has the tag `expected` (None: if none).
+
+    None if it was not written, because another lies there or none does.
+    """
+    bucket, key = split(uri)
+    condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
+    with _told(uri):
+        try:
+            answer = _s3().put_object(Bucket=bucket, Key=key, Body=data, **condition)
+        except botocore.exceptions.ClientError as error:
+            if _code(error) in _CONDITION_FAILED | _MISSING:
+                return None
+            raise
+    return str(answer["ETag"])
+
+
+def tag(uri: str) -> str | None:
+    """What changes whenever the object does; None if there is none."""
+    item = _item(uri)
+    return None if item is None else str(item["ETag"])
+
+
 def size(uri: str) -> int | None:
     """The length of the object; None if there is none."""
-    bucket, key = split(uri)
-    with _told(uri):  # a refused HEAD would not say why it is
-        answer = _s3().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
-    sizes = {item["Key"]: int(item["Size"]) for item in answer.get("Contents", ())}
-    return sizes.get(key)
+    item = _item(uri)
+    return None if item is None else int(item["Size"])
 
 
 def remove(uris: Iterable[str]) -> None:
@@ -226,6 +247,14 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.S3FileSystem, str]:
     """Arrow's file system for a URI, and the path in it."""
     bucket, key = split(uri)
     return _arrow(_settings(), bucket), f"{bucket}/{key}" if key else bucket
+
+
+def _item(uri: str) -> dict[str, Any] | None:
+    """What the listing says of the object."""
+    bucket, key = split(uri)
+    with _told(uri):  # a refused HEAD would not say why it is
+        answer = _s3().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+    return next((item for item in answer.get("Contents", ()) if item["Key"] == key), None)
 
 
 def _remove(uris: list[str]) -> None:
@@ -336,10 +365,7 @@ def _told(uri: str) -> Iterator[None]:
             message = error.response.get("Error", {}).get("Message", "")
             reason = f"{error.operation_name} failed: {code} {message}".strip()
         raise StorageError(f"{uri}: {reason}") from error
-    except (
-        botocore.exceptions.NoCredentialsError,
-        botocore.exceptions.PartialCredentialsError,
-    ) as error:
+    except botocore.exceptions.NoCredentialsError as error:
         raise ConfigError(
             f"{uri}: there are no credentials for object storage; set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role"

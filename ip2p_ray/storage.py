@@ -27,7 +27,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ip2p_ray import __version__, objects
+from ip2p_ray import __version__, files, objects
 from ip2p_ray.atomic import atomic_file, remove_leftovers
 from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.schema import SCHEMA_VERSION
@@ -104,6 +104,16 @@ def join(uri: str | Path, *names: str) -> str:
     return "/".join([str(uri).rstrip("/"), *names])
 
 
+def check(uri: str | Path) -> None:
+    """Returns if a bucket can be listed; of a local path nothing is asked.
+
+    Raises:
+        StorageError: no such bucket, no right to it, or nobody there; says which.
+    """
+    if objects.is_object(uri):
+        objects.check(str(uri))
+
+
 def exists(uri: str | Path) -> bool:
     """Whether a file, a folder or an object lies there."""
     if objects.is_object(uri):
@@ -149,6 +159,25 @@ def remove_all(uri: str | Path) -> None:
 def opened(uri: str | Path) -> Any:
     """What `pyarrow.parquet` reads a file or an object from, by parts."""
     return objects.opened(str(uri)) if objects.is_object(uri) else local_path(uri)
+
+
+def files_at(uri: str | Path) -> list[files.File]:
+    """What `files` reads: a local path; of s3://..., the object, or the data files below it.
+
+    Raises:
+        DatasetError: there is no such object, and none of a known kind below.
+        StorageError: object storage refuses.
+    """
+    if not objects.is_object(uri):
+        return [local_path(uri)]
+    check(uri)
+    place = str(uri)
+    if objects.size(place) is not None:
+        return [objects.ObjectFile(place)]
+    names = [found.name for found in objects.listing(place) if files.is_data(found.name.split("/"))]
+    if not names:
+        raise DatasetError(f"there is no {uri}, and no {', '.join(files.KINDS)} below it")
+    return [objects.ObjectFile(join(place, name)) for name in names]
 
 
 def write_shard(uri: str | Path, name: str, table: pa.Table) -> None:
@@ -284,9 +313,9 @@ def _shard_sizes(uri: str | Path) -> dict[str, int]:
             if _is_shard(found.name.split("/"))
         }
     folder, sizes = local_path(uri), {}
-    for place, folders, files in os.walk(folder):  # it passes over what is gone meanwhile
+    for place, folders, inside in os.walk(folder):  # it passes over what is gone meanwhile
         folders[:] = [name for name in folders if name[0] not in "._"]
-        for path in (Path(place) / name for name in files if _is_shard([name])):
+        for path in (Path(place) / name for name in inside if _is_shard([name])):
             with suppress(FileNotFoundError):
                 sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     return sizes

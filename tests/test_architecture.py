@@ -21,7 +21,7 @@ LINES = (
     {"pairs", "filtering", "latents", "training", "checkpoint"},
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},
-    {"storage", "objects"},
+    {"storage", "objects", "lease"},
     {"stages"},
     {"jobs", "serve"},
 )

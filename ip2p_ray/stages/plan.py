@@ -68,7 +68,7 @@ def stream(
     name = Path(uri).name
     if not rows:
         return
-    resume = run.resume_folder(uri)
+    resume = Path(run.resume_folder(uri))
     resume.mkdir(parents=True, exist_ok=True)
     blocks = -(-rows // rows_per_block)
     already = count_rows(note for note in resume.glob("*.parquet") if _is_committed(note))

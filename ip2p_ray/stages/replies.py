@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -193,7 +192,7 @@ def check(
         DatasetError: the captions are not whole, or lack a column.
     """
     _require_columns(plan.shards(captions))
-    if not (storage.local_path(folder) / "replies" / storage.MANIFEST).is_file():
+    if not storage.exists(storage.join(folder, "replies", storage.MANIFEST)):
         asyncio.run(_check(config, examples, endpoint))
 
 
@@ -268,7 +267,7 @@ def drop_unanswered(folder: str) -> int:
     count = sum(1 for _ in _unfinished(replies))
     if count:
         for name in ("triplets", "rejects/triplets", "replies"):
-            shutil.rmtree(storage.local_path(storage.join(folder, name)), ignore_errors=True)
+            storage.remove_all(storage.join(folder, name))
     return count
 
 
@@ -353,8 +352,8 @@ def _is_open(status: str) -> bool:
 def _drop(uri: str) -> None:
     """The shards, and the notes that they were written."""
     for shard in storage.list_shards(uri):
-        storage.local_path(shard).unlink()
-    shutil.rmtree(run.resume_folder(uri), ignore_errors=True)
+        storage.remove(shard)
+    storage.remove_all(run.resume_folder(uri))
 
 
 def _judge(uri: str, rows: int, max_no_reply: float) -> None:

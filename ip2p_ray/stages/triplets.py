@@ -216,7 +216,7 @@ def _write_rejects(replies: str, rejects: str) -> list[Report]:
 def _clear(uri: str) -> None:
     """Removes what a killed run left of a dataset."""
     for shard in storage.list_shards(uri):
-        storage.local_path(shard).unlink()
+        storage.remove(shard)
 
 
 def _judged(replies: str) -> Iterator[tuple[dict[str, Any], str | None]]:
