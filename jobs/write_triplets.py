@@ -10,9 +10,13 @@
         python jobs/write_triplets.py --captions /shared/run/captions --out /shared/run \
         --model gpt-4o-mini --actors 4 --max-usd 20 --usd-per-million 0.15 0.60
 
+    python jobs/write_triplets.py --captions /shared/run/captions --out /shared/run \
+        --model gpt-4o-mini --journal s3://bucket/run/journal
+
 <out>/triplets, <out>/rejects/triplets and the page <out>/triplets.html come out. Whenever it is
-stopped, the same command goes on; <out>/journal has every reply from the moment it arrived. The
-status is 0 when all is written, 3 when a spending cap stopped it (raise it and run the same command
+stopped, the same command goes on; <out>/journal has every reply from the moment it arrived, and one
+in a bucket (endpoint, region and credentials as in jobs/collect_captions.py) a second later, or as
+long as the upload takes. The status is 0 when all is written, 3 when a spending cap stopped it (raise it and run the same command
 again), 1 for any other failure and 2 for a wrong flag.
 """
 
@@ -35,6 +39,8 @@ class WriteTriplets:
     """Dataset of captions, as jobs/collect_captions.py makes it."""
     out: Path = Path("runs/captions")
     """Folder for the datasets and the journal; all nodes have to reach it."""
+    journal: str | None = None
+    """Where the replies are kept, here or s3://; by default <out>/journal."""
     writer: Literal["openai", "local"] = "openai"
     """A model behind an OpenAI-compatible server, or a causal LM in processes of this cluster."""
     model: str | None = None
@@ -96,6 +102,9 @@ class WriteTriplets:
             raise ValueError("--base-url is like https://host/v1")
         if "://" in self.captions and not self.captions.startswith("file://"):
             raise ValueError(f"--captions {self.captions}: only local datasets can be read")
+        journal = self.journal or ""
+        if "://" in journal and not journal.startswith(("file://", "s3://")):
+            raise ValueError(f"--journal {journal}: a folder here or s3://bucket/folder")
         if self.examples is not None and not self.examples.is_file():
             raise ValueError(f"--examples {self.examples}: there is no such file")
         for name in ("concurrency", "actors", "max_reply_tokens", "attempts"):
@@ -145,7 +154,8 @@ def _ask(job: WriteTriplets) -> None:
     )
     out = job.out.absolute()
     asking = replies.Asking(
-        journal=str(out / "journal"),
+        journal=storage.absolute(job.journal or out / "journal"),
+        signs=None if storage.is_local(job.journal or "") else str(out),
         endpoint=Endpoint(
             base_url=job.base_url,
             api_key_env=None if job.api_key_env == "none" else job.api_key_env,
@@ -171,6 +181,7 @@ def _ask(job: WriteTriplets) -> None:
         if job.retry_rejects:
             count = replies.drop_unanswered(str(out))
             print(f"write_triplets: {count:,} captions without a reply are asked about again")
+        storage.check(asking.journal)
         replies.check(captions, str(out), config, examples=examples, endpoint=asking.endpoint)
         with run.local_ray(workers=job.actors):
             made = ask_triplets(

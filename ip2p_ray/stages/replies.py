@@ -14,8 +14,8 @@ import fcntl
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
@@ -32,6 +32,7 @@ from ip2p_ray.errors import (
     ReplyError,
     StageError,
 )
+from ip2p_ray.objects import ObjectFolder
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS
 from ip2p_ray.stages import plan, run
@@ -66,7 +67,7 @@ class Asking:
     """How an endpoint is asked; but for `max_no_reply` no field changes what comes out."""
 
     journal: str
-    """Folder of the replies, on a file system that all nodes share."""
+    """Folder of the replies, on a file system that all nodes share or in a bucket."""
     endpoint: Endpoint
     limits: LimitsConfig
     """Of all actors together."""
@@ -78,6 +79,11 @@ class Asking:
     """Share of captions, in [0, 1], that may be left without a reply; above it the stage fails."""
     wait_s: float = _PATIENCE_S
     """Seconds in which the actors of a run that was killed have to be gone."""
+    signs: str | None = None
+    """Folder that all nodes share, where actors show that they live; by default the journal's.
+
+    Without one, as of a journal in a bucket, nobody waits for the actors of a killed run.
+    """
 
     def __post_init__(self) -> None:
         if self.actors < 1 or self.concurrency < 1:
@@ -98,13 +104,13 @@ class AskReplies:
         asking: Asking,
         limits: Any = None,
     ) -> None:
-        self._lease = _lease(asking.journal)
-        fcntl.flock(self._lease, fcntl.LOCK_SH)  # until this process ends
+        self._sign = _sign(asking)
+        if self._sign is not None:
+            fcntl.flock(self._sign, fcntl.LOCK_SH)  # until this process ends
         shared = None if limits is None else RemoteLimits(limits)
         writer = OpenAIWriter(config, asking.endpoint, examples=examples, limits=shared)
-        self._writer = JournalledWriter(writer, Journal(asking.journal))
-        self._turn = asyncio.Semaphore(asking.concurrency)
-        self._stop: dict[str, str | None] | None = None
+        self._turn = _Turn(asking.concurrency)
+        self._writer = JournalledWriter(writer, _journal(asking), self._turn)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """A reply to each caption of the batch, read; or why there is none."""
@@ -115,23 +121,37 @@ class AskReplies:
         return pa.Table.from_pylist(rows, schema=REPLIES)
 
     async def _answer(self, caption: str) -> Mapping[str, str | None]:
-        async with self._turn:
-            if self._stop is not None:
-                return self._stop
-            try:
-                reply = await self._writer.write(caption)
-            except ReplyError as error:
-                return {"reply": str(error), "status": NO_REPLY}
-            except (Ip2pError, OSError) as error:
-                # Not raised: Ray would end the actors, and lose what is in flight and paid for.
-                own = error if isinstance(error, Ip2pError) else StageError(f"journal: {error}")
-                self._stop = {"reply": str(own), "status": f"{STOPPED} {type(own).__name__}"}
-                return self._stop
+        try:
+            reply = await self._writer.write(caption)
+        except ReplyError as error:
+            return {"reply": str(error), "status": NO_REPLY}
+        except (Ip2pError, OSError) as error:
+            # Not raised: Ray would end the actors, and lose what is in flight and paid for.
+            own = error if isinstance(error, Ip2pError) else StageError(f"journal: {error}")
+            self._turn.stop = self._turn.stop or own
+            return {"reply": str(own), "status": f"{STOPPED} {type(own).__name__}"}
         found = read_reply(caption, reply, fits=fits_openai)
         if isinstance(found, Triplet):
             texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
             return {"reply": reply.text, "status": "ok", **texts}
         return {"reply": reply.text, "status": found}
+
+
+class _Turn(AbstractAsyncContextManager[None]):
+    """So many at a time, and none after what stops them all."""
+
+    def __init__(self, count: int) -> None:
+        self.stop: Ip2pError | None = None
+        self._free = asyncio.Semaphore(count)
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+        if self.stop is not None:
+            self._free.release()
+            raise type(self.stop)(*self.stop.args)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._free.release()
 
 
 @ray.remote(num_cpus=0)
@@ -224,7 +244,7 @@ def ask_replies(
         if any(_unfinished(uri)):
             logger.info("replies: some captions have no reply yet; the others are in the journal")
             _drop(uri)
-        with Journal(asking.journal) as journal:
+        with _journal(asking) as journal:
             spent, known = journal.usage(), len(journal)
         limits = _limits(asking, spent)
         block = min(_MOST_ROWS, max(32, rows // (8 * asking.actors)))
@@ -250,7 +270,7 @@ def ask_replies(
         finally:
             if limits is not None:
                 ray.kill(limits)
-            with Journal(asking.journal) as journal:
+            with _journal(asking) as journal:
                 _log_spent(asking.limits, journal.usage(), spent, len(journal) - known)
         _judge(uri, rows, asking.max_no_reply)
         return []
@@ -299,8 +319,18 @@ def _limits(asking: Asking, spent: Usage) -> Any:
     return made.options(max_concurrency=calls).remote(told, spent)
 
 
-def _lease(journal: str) -> TextIO:
-    folder = Path(journal)
+def _journal(asking: Asking) -> Journal:
+    if storage.is_local(asking.journal):
+        return Journal(storage.local_path(asking.journal))
+    return Journal(ObjectFolder(asking.journal))
+
+
+def _sign(asking: Asking) -> TextIO | None:
+    """The file that is locked as long as somebody asks for the journal."""
+    place = asking.signs or asking.journal
+    if not storage.is_local(place):
+        return None
+    folder = storage.local_path(place)
     folder.mkdir(parents=True, exist_ok=True)
     return (folder / ".asking").open("a")
 
@@ -308,10 +338,13 @@ def _lease(journal: str) -> TextIO:
 def _wait_for_others(asking: Asking) -> None:
     """Returns when no actor asks for this journal: after a kill some live on for a moment."""
     until = time.monotonic() + asking.wait_s
-    with _lease(asking.journal) as lease:
+    sign = _sign(asking)
+    if sign is None:
+        return
+    with sign:
         while True:
             try:
-                fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(sign, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 if time.monotonic() > until:
                     raise StageError(

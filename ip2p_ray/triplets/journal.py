@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,6 +60,11 @@ class Journal:
         self._seen = 0
         self._reading = threading.Lock()
         self._pen = _Pen(self._shelf)
+
+    @property
+    def flush_s(self) -> float:
+        """Seconds that a reply waits at most before it is written; 0 on disk."""
+        return self._shelf.every_s
 
     def __enter__(self) -> Journal:
         return self
@@ -247,15 +253,25 @@ class JournalledWriter:
     What was answered once, in this process or another, now or before a crash, is read; callers
     who ask for the same at the same time share one request. A caller that is cancelled leaves its
     request running: the reply is paid for, so it is kept. Belongs to one event loop.
+
+    `turn` bounds the requests in flight. A reply that is on disk in a moment is waited for in its
+    turn, so that no more of them can be lost at once; one that waits for a store's flush is not, or
+    the turns would be spent on waiting.
     """
 
-    def __init__(self, writer: Writer, journal: Journal) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        journal: Journal,
+        turn: AbstractAsyncContextManager[object] | None = None,
+    ) -> None:
         self.asked = 0
         """Replies that were asked for."""
         self.found = 0
         """Replies that were on disk already."""
         self._writer = writer
         self._journal = journal
+        self._turn = turn or contextlib.nullcontext()
         self._in_flight: dict[str, asyncio.Task[Reply]] = {}
 
     async def write(self, caption: str) -> Reply:
@@ -273,17 +289,29 @@ class JournalledWriter:
         await asyncio.gather(*self._in_flight.values(), return_exceptions=True)
 
     async def _answer(self, key: str, caption: str) -> Reply:
-        reply = await asyncio.to_thread(self._journal.get, key)
-        if reply is None:
-            self.asked += 1
-            reply = await self._writer.write(caption)
-            await asyncio.wrap_future(self._journal.submit(key, reply))
-        else:
-            self.found += 1
-        moderated = await self._writer.moderate(caption, reply)
-        if moderated != reply:
-            await asyncio.wrap_future(self._journal.submit(key, moderated))
+        unkept: list[Future[None]] = []
+        async with self._turn:
+            reply = await asyncio.to_thread(self._journal.get, key)
+            if reply is None:
+                self.asked += 1
+                reply = await self._writer.write(caption)
+                unkept += await self._keep(key, reply)
+            else:
+                self.found += 1
+            moderated = await self._writer.moderate(caption, reply)
+            if moderated != reply:
+                unkept += await self._keep(key, moderated)
+        for kept in unkept:
+            await asyncio.wrap_future(kept)
         return moderated
+
+    async def _keep(self, key: str, reply: Reply) -> list[Future[None]]:
+        """What is left to be waited for."""
+        kept = self._journal.submit(key, reply)
+        if self._journal.flush_s:
+            return [kept]
+        await asyncio.wrap_future(kept)
+        return []
 
     def _landed(self, key: str, task: asyncio.Task[Reply]) -> None:
         del self._in_flight[key]

@@ -15,6 +15,7 @@ import pytest
 
 from ip2p_ray import storage
 from ip2p_ray.miniature.scores import random_captions
+from ip2p_ray.objects import ObjectFolder, is_object
 from ip2p_ray.schema import REJECTS, TRIPLETS, reply_key
 from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer
@@ -27,6 +28,7 @@ JOB = ROOT / "jobs" / "write_triplets.py"
 FLAGS = {
     "--captions",
     "--out",
+    "--journal",
     "--writer",
     "--model",
     "--base-url",
@@ -93,6 +95,7 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path):
         ([], "--captions"),
         (["--captions", "c"], "--model names a model"),
         (["--captions", "s3://b/c", "--model", "m"], "only local datasets"),
+        (["--captions", "c", "--model", "m", "--journal", "ftp://a"], "a folder here or s3://"),
         (["--captions", "c", "--model", "m", "--base-url", "host"], "--base-url is like"),
         (["--captions", "c", "--model", "m", "--max-usd", "5"], "--usd-per-million"),
         (["--captions", "c", "--model", "m", "--concurrency", "0"], "--concurrency is at least 1"),
@@ -106,7 +109,7 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(captions, tmp_path):
+def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(bucket, captions, tmp_path):
     out = tmp_path / "out"
     with FaultyServer() as server:
         usual = {"--captions": captions, "--out": out, "--model": "fake", "--shots": 0}
@@ -116,6 +119,7 @@ def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(captions, tmp
             ({"--model": "other"}, "has no model 'other'; it has fake"),
             ({"--base-url": "http://127.0.0.1:9/v1"}, "cannot be reached"),
             ({"--base-url": "http://127.0.0.1:9/v1", "--captions": tmp_path}, "no manifest"),
+            ({"--journal": "s3://test-none/journal"}, "there is no bucket test-none at http://"),
         ):
             flags = [part for flag in {**usual, **changes}.items() for part in flag]
             done = run_job(*flags)
@@ -159,13 +163,14 @@ class Runs:
 
     IN_FLIGHT = 16
 
-    def __init__(self, server, folder, captions):
+    def __init__(self, server, folder, captions, journal=None):
         self.server, self.folder, self.captions = server, folder, captions
+        self.journal = journal or folder / "journal"
         collect_captions(captions, str(folder / "captions"), config={})
         self._flags = ["--captions", folder / "captions", "--out", folder, "--model", "fake"]
         self._flags += ["--base-url", server.url, "--api-key-env", "none", "--shots", "0"]
         self._flags += ["--actors", "2", "--concurrency", str(self.IN_FLIGHT // 2)]
-        self._flags += ["--attempts", "30"]
+        self._flags += ["--attempts", "30", "--journal", self.journal]
 
     def to_the_end(self):
         """The keys of the triplets, and the reason of each reject."""
@@ -192,9 +197,9 @@ class Runs:
         return Counter(set(self.server.counts.paid - before) - self.kept())
 
     def kept(self):
-        """Captions whose reply is on disk."""
+        """Captions whose reply is in the journal."""
         recipe = writer_recipe(WriterConfig(model="fake", shots=0), [])
-        journal = Journal(self.folder / "journal")
+        journal = Journal(ObjectFolder(self.journal) if is_object(self.journal) else self.journal)
         keys = {caption: reply_key(caption, "fake", recipe) for caption in self.captions}
         return {caption for caption, key in keys.items() if journal.get(key) is not None}
 
@@ -237,4 +242,32 @@ def test_kills_change_nothing_and_no_kept_reply_is_paid_for_again(tmp_path, capt
         assert server.counts.requests == asked
     logging.getLogger(__name__).info(
         "%d kills: %d replies were on their way and asked for again", kills, lost.total()
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("captions_count", "kills"), [(200, 1)])
+@pytest.mark.timeout(1200)
+def test_kills_cost_a_journal_in_a_bucket_only_what_was_not_yet_put(
+    bucket, tmp_path, captions_count, kills
+):
+    texts = [f"a red boat {number}" for number in range(captions_count)]
+    behaviour = Behaviour(seed=3, faults=Faults.evenly(0.2), delay_s=0.3, retry_after_s=0.01)
+    draws = random.Random(kills)
+    with FaultyServer(behaviour) as server:
+        runs = Runs(server, tmp_path / "killed", texts, f"{bucket}/run/journal")
+        lost = Counter()
+        for _ in range(kills):
+            more = draws.randint(20, captions_count // (kills + 1))
+            lost += runs.killed(server.counts.paid.total() + more, draws.uniform(0.0, 0.5))
+        keys, reasons = runs.to_the_end()
+        assert len(keys) + len(reasons) == captions_count
+        assert server.counts.paid == Counter(texts) + lost
+        assert runs.kept() == set(texts)
+        asked = server.counts.requests.copy()
+        assert runs.to_the_end() == (keys, reasons)
+        assert server.counts.requests == asked
+    assert not (tmp_path / "killed" / "journal").exists()
+    logging.getLogger(__name__).info(
+        "%d kills: %d replies were asked for again", kills, lost.total()
     )

@@ -1,9 +1,11 @@
 """A journal in a store of objects keeps what it said it kept, as one on disk does."""
 
+import asyncio
 import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +14,7 @@ from ip2p_ray.errors import DatasetError, StorageError
 from ip2p_ray.schema import reply_key
 from ip2p_ray.testing import FaultyWay, WayFaults
 from ip2p_ray.triplets import shelf
-from ip2p_ray.triplets.journal import Journal
+from ip2p_ray.triplets.journal import Journal, JournalledWriter
 from ip2p_ray.triplets.limits import Usage
 from ip2p_ray.triplets.reply import Reply
 from ip2p_ray.triplets.shelf import StoreShelf
@@ -25,6 +27,22 @@ def key(name):
 def reply(text="text", **fields):
     tokens = {"prompt_tokens": 10, "completion_tokens": 3}
     return Reply(**{"text": text, "finish_reason": "stop", "model": "m", **tokens, **fields})
+
+
+class Fake:
+    """A writer that answers at once."""
+
+    model, recipe = "model", "recipe"
+
+    def __init__(self):
+        self.asked = []
+
+    async def write(self, caption):
+        self.asked.append(caption)
+        return reply(f"edit of {caption}")
+
+    async def moderate(self, caption, reply):
+        return replace(reply, flagged=False)
 
 
 class MemoryStore:
@@ -126,6 +144,26 @@ def test_replies_that_arrive_while_others_are_put_go_together():
     assert len(store.objects) == 1
 
 
+def test_a_reply_that_waits_for_its_flush_leaves_its_turn_to_others():
+    async def main():
+        store, fake = MemoryStore(), Fake()
+        store.open.clear()
+        with Journal(store) as journal:
+            writer = JournalledWriter(fake, journal, asyncio.Semaphore(1))
+            calls = [asyncio.create_task(writer.write(caption)) for caption in "abc"]
+            while len(fake.asked) < 3:
+                await asyncio.sleep(0.001)
+            assert not any(call.done() for call in calls)
+            store.open.set()
+            replies = await asyncio.gather(*calls)
+            assert [reply.text for reply in replies] == [f"edit of {name}" for name in "abc"]
+            again = [Journal(store).get(key(name)) for name in "abc"]
+            assert again == replies
+            assert {reply.flagged for reply in again} == {False}
+
+    asyncio.run(main())
+
+
 def test_a_put_that_fails_fails_every_reply_from_then_on():
     class Broken(MemoryStore):
         def put(self, name, data):
@@ -163,7 +201,7 @@ JOURNALS = """
 import sys, time
 from ip2p_ray.objects import ObjectFolder
 from ip2p_ray.schema import reply_key
-from ip2p_ray.triplets.journal import Journal
+from ip2p_ray.triplets.journal import Journal, JournalledWriter
 from ip2p_ray.triplets.reply import Reply
 
 journal = Journal(ObjectFolder(sys.argv[1]))
