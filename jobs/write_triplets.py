@@ -16,8 +16,8 @@
 <out>/triplets, <out>/rejects/triplets and the page <out>/triplets.html come out. Whenever it is
 stopped, the same command goes on; <out>/journal has every reply from the moment it arrived, and one
 in a bucket (endpoint, region and credentials as in jobs/collect_captions.py) a second later, or as
-long as the upload takes. The status is 0 when all is written, 3 when a spending cap stopped it (raise it and run the same command
-again), 1 for any other failure and 2 for a wrong flag.
+long as the upload takes. The status is 0 when all is written, 3 when a spending cap stopped it
+(raise it and run the same command again), 1 for any other failure and 2 for a wrong flag.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class WriteTriplets:
     """Where the replies are kept, here or s3://; by default <out>/journal."""
     writer: Literal["openai", "local"] = "openai"
     """A model behind an OpenAI-compatible server, or a causal LM in processes of this cluster."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What runs the model of --writer local; auto takes vLLM where it is installed, for a --model
+    with whole --gpus."""
     model: str | None = None
     """The server's name of it; or a transformers folder, by default the miniature's writer."""
     base_url: str = "https://api.openai.com/v1"
@@ -200,12 +203,14 @@ def _write(job: WriteTriplets) -> None:
     from ip2p_ray import presets, storage
     from ip2p_ray.clip import Clip
     from ip2p_ray.miniature.weights import WEIGHTS
-    from ip2p_ray.stages import run
+    from ip2p_ray.stages import run, vllm_writer
     from ip2p_ray.stages.triplets import TripletConfig, write_triplets
     from ip2p_ray.triplets.local_writer import LocalWriter
 
+    engine = vllm_writer.chosen(job.engine, model=job.model, gpus=job.gpus)
     writer = Path(job.model or WEIGHTS / "writer").absolute()
-    LocalWriter.load(writer)  # or a sentence that says what is wrong with it
+    if engine == "transformers":
+        LocalWriter.load(writer)  # or a sentence that says what is wrong with it
     judge = None if job.model else str(WEIGHTS / "judge")
     models = {
         "writer": presets.folder_fingerprint(writer),
@@ -224,6 +229,7 @@ def _write(job: WriteTriplets) -> None:
             resources=run.Resources(
                 actors=job.actors, batch_size=job.concurrency, gpus=job.gpus, cpus=0.5
             ),
+            engine=engine,
         )
     _tell(job, made.rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +54,14 @@ def stream(
     *,
     key: str,
     schema: pa.Schema,
-    steps: Sequence[Step],
+    steps: Sequence[Step | Callable[[Any], Any]],
     unit: str,
     rows_per_block: int,
 ) -> None:
     """The rows of the shards `sources`, sent through the steps, as shards of the dataset at `uri`.
+
+    A step may also be what makes a Dataset of Ray Data of another, such as a processor of
+    `ray.data.llm`.
 
     One row in, one row out, identified by its column `key`. A killed plan goes on where it
     stopped: at most the blocks that were being worked on are made again, and no row is lost or
@@ -74,14 +77,14 @@ def stream(
     already = count_rows(note for note in resume.glob("*.parquet") if _is_committed(note))
     progress = Progress(name, total=rows, unit=unit, done=already)
     context = _context(key, resume)
-    if any(step.blocks for step in steps):
+    if any(isinstance(step, Step) and step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
     with counted(progress) as tally, ray.data.DataContext.current(context):
         data: Any = ray.data.read_parquet(
             list(sources), override_num_blocks=blocks, num_cpus=TASK_CPUS
         )
         for step in steps:
-            data = _mapped(data, step, blocks)
+            data = _mapped(data, step, blocks) if isinstance(step, Step) else step(data)
         data = data.map_batches(
             _count,
             batch_format="pyarrow",

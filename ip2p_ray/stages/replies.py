@@ -13,7 +13,7 @@ import asyncio
 import fcntl
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
@@ -39,7 +39,7 @@ from ip2p_ray.stages import plan, run
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.journal import Journal, JournalledWriter
 from ip2p_ray.triplets.limits import Limits, LimitsConfig, Usage
-from ip2p_ray.triplets.reply import NO_REPLY, Triplet, read_reply
+from ip2p_ray.triplets.reply import NO_REPLY, Triplet, parse_reply, read_reply
 from ip2p_ray.triplets.writer import OpenAIWriter, WriterConfig
 
 logger = logging.getLogger(__name__)
@@ -411,6 +411,15 @@ def _judge(uri: str, rows: int, max_no_reply: float) -> None:
             f"replies: {lacking:,} of {rows:,} captions got none, more than the {max_no_reply:.0%} "
             f"allowed, for example: {said}; the same command asks for those again and for no other"
         )
+
+
+def row_of_reply(caption: str, reply: str, fits: Callable[[str], bool]) -> dict[str, str | None]:
+    """The columns that REPLIES adds to CAPTIONS, of a reply in the paper's text form."""
+    found = parse_reply(caption, reply, fits=fits)
+    if isinstance(found, Triplet):
+        texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
+        return {"reply": reply, "status": "ok", **texts}
+    return {"reply": reply, "status": found, "instruction": None, "edited_caption": None}
 
 
 def _log_spent(limits: LimitsConfig, usage: Usage, before: Usage, answered: int) -> None:

@@ -7,24 +7,31 @@ writes them in actors (`write_triplets`); one at an endpoint is asked by `replie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ip2p_ray import storage
-from ip2p_ray.errors import StageError
+from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.gallery import triplets_page
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
-from ip2p_ray.stages import plan, run
+from ip2p_ray.stages import plan, run, vllm_writer
 from ip2p_ray.stages.captions import Shards
-from ip2p_ray.stages.replies import REPLIES, Asking, ask_replies, fits_openai, origin_of
+from ip2p_ray.stages.replies import (
+    REPLIES,
+    Asking,
+    ask_replies,
+    fits_openai,
+    origin_of,
+    row_of_reply,
+)
 from ip2p_ray.triplets.quality import Quality, Tally
-from ip2p_ray.triplets.reply import Triplet, parse_reply
+from ip2p_ray.triplets.reply import Triplet
 from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
 
 DUPLICATE = "duplicate_triplet"
@@ -59,15 +66,8 @@ class WriteReplies:
         rows = batch.select(CAPTIONS.names).to_pylist()
         replies = self._writer.write([row["caption"] for row in rows], seed=self._seed)
         for row, reply in zip(rows, replies, strict=True):
-            row.update(self._parsed(row["caption"], reply))
+            row.update(row_of_reply(row["caption"], reply, self._fits))
         return pa.Table.from_pylist(rows, schema=REPLIES)
-
-    def _parsed(self, caption: str, reply: str) -> dict[str, str | None]:
-        found = parse_reply(caption, reply, fits=self._fits)
-        if isinstance(found, Triplet):
-            texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
-            return {"reply": reply, "status": "ok", **texts}
-        return {"reply": reply, "status": found}
 
 
 def write_triplets(
@@ -79,10 +79,12 @@ def write_triplets(
     judge: str | None,
     models: Mapping[str, str],
     resources: run.Resources,
+    engine: Literal["transformers", "vllm"] = "transformers",
 ) -> storage.Manifest:
     """The dataset `<folder>/triplets`, with `<folder>/replies` and `<folder>/rejects/triplets`.
 
-    `writer` is the folder of a causal LM. What is too long for the CLIP `judge`, by default
+    `writer` is the folder of a causal LM, and `engine` what runs it (`vllm_writer.chosen`); vLLM
+    knows no judge but OpenAI's. What is too long for the CLIP `judge`, by default
     OpenAI's, is rejected. `models` has the fingerprint of each. The page triplets.html in the
     folder says what the triplets are like.
 
@@ -92,16 +94,19 @@ def write_triplets(
     replies = storage.join(folder, "replies")
     asked = run.Origin(
         dataset="replies",
-        config={"seed": config.seed},
+        config={"seed": config.seed, **({"engine": engine} if engine != "transformers" else {})},
         models={"writer": models["writer"], "judge": models["judge"]},
         sources={"captions": storage.read_manifest(captions).recipe},
     )
-    device = "cuda" if resources.gpus else "cpu"
-    step = plan.Step(
-        callable=WriteReplies,
-        arguments={"writer": writer, "judge": judge, "seed": config.seed, "device": device},
-        resources=resources,
-    )
+    if engine == "vllm" and judge is not None:
+        raise ConfigError(f"vLLM's replies are not judged by {judge}: only by OpenAI's CLIP")
+
+    def step() -> plan.Step | Callable[[Any], Any]:
+        if engine == "vllm":
+            return vllm_writer.step(writer, config.seed, resources)
+        device = "cuda" if resources.gpus else "cpu"
+        arguments = {"writer": writer, "judge": judge, "seed": config.seed, "device": device}
+        return plan.Step(callable=WriteReplies, arguments=arguments, resources=resources)
 
     def write() -> list[Report]:
         plan.stream(
@@ -109,7 +114,7 @@ def write_triplets(
             replies,
             key="caption_key",
             schema=REPLIES,
-            steps=[step],
+            steps=[step()],
             unit="captions",
             rows_per_block=resources.batch_size,
         )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ FLAGS = {
     "--out",
     "--journal",
     "--writer",
+    "--engine",
     "--model",
     "--base-url",
     "--api-key-env",
@@ -128,6 +130,20 @@ def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(bucket, capti
             assert told in done.stderr
             assert done.stderr.count("\n") == 1
         assert not server.counts.paid
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_that_is_not_there_is_told(captions, tmp_path):
+    flags = ["--captions", captions, "--out", tmp_path / "out", "--writer", "local"]
+    for more, told in (
+        (["--model", tmp_path, "--gpus", "1"], "vLLM is not installed; pip install"),
+        (["--model", tmp_path, "--gpus", "0.5"], "vLLM needs whole GPUs for each engine"),
+        ([], "vLLM needs a model"),
+    ):
+        done = run_job(*flags, "--engine", "vllm", *more)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"write_triplets: {told}")
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.ray
