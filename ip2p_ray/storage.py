@@ -161,6 +161,13 @@ def opened(uri: str | Path) -> Any:
     return objects.opened(str(uri)) if objects.is_object(uri) else local_path(uri)
 
 
+def arrow_place(uri: str | Path) -> tuple[Any, str]:
+    """Arrow's file system for a URI, None for local ones, and the path in it."""
+    if objects.is_object(uri):
+        return objects.filesystem(str(uri))
+    return None, str(local_path(uri))
+
+
 def files_at(uri: str | Path) -> list[files.File]:
     """What `files` reads: a local path; of s3://..., the object, or the data files below it.
 

@@ -12,6 +12,8 @@
 
     python jobs/write_triplets.py --captions /shared/run/captions --out /shared/run \
         --model gpt-4o-mini --journal s3://bucket/run/journal
+    python jobs/write_triplets.py --captions s3://bucket/run/captions --out s3://bucket/run \
+        --model gpt-4o-mini
 
 <out>/triplets, <out>/rejects/triplets and the page <out>/triplets.html come out. Whenever it is
 stopped, the same command goes on; <out>/journal has every reply from the moment it arrived, and one
@@ -36,9 +38,9 @@ class WriteTriplets:
     """A dataset of captions in, a dataset of triplets out."""
 
     captions: str
-    """Dataset of captions, as jobs/collect_captions.py makes it."""
-    out: Path = Path("runs/captions")
-    """Folder for the datasets and the journal; all nodes have to reach it."""
+    """Dataset of captions, as jobs/collect_captions.py makes it; here or s3://."""
+    out: str = "runs/captions"
+    """Folder for the datasets and the journal; all nodes have to reach it, here or s3://."""
     journal: str | None = None
     """Where the replies are kept, here or s3://; by default <out>/journal."""
     writer: Literal["openai", "local"] = "openai"
@@ -103,11 +105,10 @@ class WriteTriplets:
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError("--base-url is like https://host/v1")
-        if "://" in self.captions and not self.captions.startswith("file://"):
-            raise ValueError(f"--captions {self.captions}: only local datasets can be read")
-        journal = self.journal or ""
-        if "://" in journal and not journal.startswith(("file://", "s3://")):
-            raise ValueError(f"--journal {journal}: a folder here or s3://bucket/folder")
+        for name in ("captions", "out", "journal"):
+            place = getattr(self, name) or ""
+            if "://" in place and not place.startswith(("file://", "s3://")):
+                raise ValueError(f"--{name} {place}: a folder here or s3://bucket/folder")
         if self.examples is not None and not self.examples.is_file():
             raise ValueError(f"--examples {self.examples}: there is no such file")
         for name in ("concurrency", "actors", "max_reply_tokens", "attempts"):
@@ -155,10 +156,11 @@ def _ask(job: WriteTriplets) -> None:
         seed=job.seed,
         moderation=job.moderation,
     )
-    out = job.out.absolute()
+    out = storage.absolute(job.out)
+    journal = storage.absolute(job.journal or storage.join(out, "journal"))
     asking = replies.Asking(
-        journal=storage.absolute(job.journal or out / "journal"),
-        signs=None if storage.is_local(job.journal or "") else str(out),
+        journal=journal,
+        signs=None if storage.is_local(journal) else out,
         endpoint=Endpoint(
             base_url=job.base_url,
             api_key_env=None if job.api_key_env == "none" else job.api_key_env,
@@ -179,17 +181,17 @@ def _ask(job: WriteTriplets) -> None:
         max_no_reply=job.max_no_reply,
     )
     examples = load_examples(job.examples) if job.form == "chat" and job.shots else []
-    captions = str(storage.local_path(job.captions).absolute())
+    captions = storage.absolute(job.captions)
     with run.locked(out):
         if job.retry_rejects:
-            count = replies.drop_unanswered(str(out))
+            count = replies.drop_unanswered(out)
             print(f"write_triplets: {count:,} captions without a reply are asked about again")
         storage.check(asking.journal)
-        replies.check(captions, str(out), config, examples=examples, endpoint=asking.endpoint)
+        replies.check(captions, out, config, examples=examples, endpoint=asking.endpoint)
         with run.local_ray(workers=job.actors):
             made = ask_triplets(
                 captions,
-                str(out),
+                out,
                 config,
                 examples=examples,
                 asking=asking,
@@ -216,12 +218,12 @@ def _write(job: WriteTriplets) -> None:
         "writer": presets.folder_fingerprint(writer),
         "judge": Clip.load(judge).fingerprint() if judge else "openai",
     }
-    captions = str(storage.local_path(job.captions).absolute())
-    out = job.out.absolute()
+    captions = storage.absolute(job.captions)
+    out = storage.absolute(job.out)
     with run.locked(out), run.local_ray(workers=job.actors):
         made = write_triplets(
             captions,
-            str(out),
+            out,
             TripletConfig(seed=job.seed, held_out=job.held_out),
             writer=str(writer),
             judge=judge,
@@ -235,9 +237,8 @@ def _write(job: WriteTriplets) -> None:
 
 
 def _tell(job: WriteTriplets, rows: int) -> None:
-    print(
-        f"write_triplets: {job.out / 'triplets'} has {rows:,} rows; look at {job.out}/triplets.html"
-    )
+    out = job.out.rstrip("/")
+    print(f"write_triplets: {out}/triplets has {rows:,} rows; look at {out}/triplets.html")
 
 
 if __name__ == "__main__":

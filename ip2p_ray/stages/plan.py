@@ -71,17 +71,22 @@ def stream(
     name = Path(uri).name
     if not rows:
         return
-    resume = Path(run.resume_folder(uri))
-    resume.mkdir(parents=True, exist_ok=True)
+    resume = run.resume_folder(uri)
+    if storage.is_local(resume):
+        storage.local_path(resume).mkdir(parents=True, exist_ok=True)
     blocks = -(-rows // rows_per_block)
-    already = count_rows(note for note in resume.glob("*.parquet") if _is_committed(note))
+    already = count_rows(note for note in storage.list_shards(resume) if _is_committed(note))
     progress = Progress(name, total=rows, unit=unit, done=already)
     context = _context(key, resume)
     if any(isinstance(step, Step) and step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
     with counted(progress) as tally, ray.data.DataContext.current(context):
+        places = [storage.arrow_place(source) for source in sources]
         data: Any = ray.data.read_parquet(
-            list(sources), override_num_blocks=blocks, num_cpus=TASK_CPUS
+            [path for _, path in places],
+            filesystem=places[0][0],
+            override_num_blocks=blocks,
+            num_cpus=TASK_CPUS,
         )
         for step in steps:
             data = _mapped(data, step, blocks) if isinstance(step, Step) else step(data)
@@ -92,8 +97,12 @@ def stream(
             num_cpus=TASK_CPUS,
             udf_modifying_row_count=False,
         )
+        filesystem, path = storage.arrow_place(uri)
         data.write_parquet(
-            str(storage.local_path(uri)), schema=schema, ray_remote_args={"num_cpus": TASK_CPUS}
+            path,
+            filesystem=filesystem,
+            schema=schema,
+            ray_remote_args={"num_cpus": TASK_CPUS},
         )
     _remove_duplicates(uri, key, rows)
 
@@ -115,15 +124,19 @@ def _mapped(data: Any, step: Step, blocks: int) -> Any:
     )
 
 
-def _context(key: str, resume: Path) -> Any:
+def _context(key: str, resume: str) -> Any:
     """Settings of a resumable plan; each was found to matter (RAY.md 1.3 to 1.5)."""
     context = ray.data.DataContext.get_current().copy()
     context.use_datasource_v2 = False  # it packs small inputs into one block
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    filesystem, path = storage.arrow_place(resume)
     checkpoint = CheckpointConfig(
-        id_column=key, checkpoint_path=str(resume), delete_checkpoint_on_success=False
+        id_column=key,
+        checkpoint_path=path,
+        delete_checkpoint_on_success=False,
+        override_filesystem=filesystem,
     )
     checkpoint.checkpoint_actor_pool_max_size = 1
     checkpoint.checkpoint_actor_memory_bytes = 64 << 20
@@ -177,13 +190,13 @@ def _count(table: pa.Table, tally: Any) -> pa.Table:
     return table
 
 
-def _is_committed(path: Path) -> bool:
-    return not path.name.endswith(".pending.parquet")
+def _is_committed(note: str) -> bool:
+    return not note.endswith(".pending.parquet")
 
 
 def count_rows(shards: Iterable[str | Path]) -> int:
     """The rows of Parquet files, from their footers."""
-    return sum(int(pq.read_metadata(shard).num_rows) for shard in shards)
+    return sum(storage.count_rows(shard) for shard in shards)
 
 
 def _remove_duplicates(uri: str, key: str, rows: int) -> None:
@@ -194,11 +207,12 @@ def _remove_duplicates(uri: str, key: str, rows: int) -> None:
     """
     seen: set[str] = set()
     for shard in storage.list_shards(uri):
-        keys = pq.read_table(shard, columns=[key])[key].to_pylist()
+        keys = pq.read_table(storage.opened(shard), columns=[key])[key].to_pylist()
         fresh = [value not in seen for value in keys]
         if not all(fresh):
             logger.warning("%s: %d rows were there already", shard, len(fresh) - sum(fresh))
-            storage.write_shard(uri, Path(shard).stem, pq.read_table(shard).filter(fresh))
+            table = pq.read_table(storage.opened(shard))
+            storage.write_shard(uri, Path(shard).stem, table.filter(fresh))
         seen.update(keys)
     if len(seen) != rows:
         raise StageError(

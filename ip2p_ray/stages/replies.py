@@ -358,7 +358,7 @@ def _wait_for_others(asking: Asking) -> None:
 
 def _require_columns(sources: Sequence[str]) -> None:
     for source in sources:
-        names = pq.read_schema(source).names
+        names = pq.read_schema(storage.opened(source)).names
         missing = [name for name in CAPTIONS.names if name not in names]
         if missing:
             raise DatasetError(
@@ -370,9 +370,9 @@ def _require_columns(sources: Sequence[str]) -> None:
 def _unfinished(uri: str) -> Iterator[tuple[str, str]]:
     """(status, what was said) of each row that is not final, in whatever lies there."""
     for shard in storage.list_shards(uri):
-        statuses = pq.read_table(shard, columns=["status"])["status"].to_pylist()
+        statuses = pq.read_table(storage.opened(shard), columns=["status"])["status"].to_pylist()
         if any(_is_open(status) for status in statuses):
-            said = pq.read_table(shard, columns=["reply"])["reply"].to_pylist()
+            said = pq.read_table(storage.opened(shard), columns=["reply"])["reply"].to_pylist()
             for status, text in zip(statuses, said, strict=True):
                 if _is_open(status):
                     yield status, text

@@ -246,5 +246,7 @@ def _in_order(replies: str) -> Iterator[dict[str, Any]]:
     bounds = [f"{number * 2**32 // parts:08x}" for number in range(parts)]
     for low, high in zip(bounds, [*bounds[1:], "g"], strict=True):
         within = [("caption_key", ">=", low), ("caption_key", "<", high)]
-        tables = [pq.read_table(shard, schema=REPLIES, filters=within) for shard in shards]
+        tables = [
+            pq.read_table(storage.opened(shard), schema=REPLIES, filters=within) for shard in shards
+        ]
         yield from pa.concat_tables(tables).sort_by("caption_key").to_pylist()
