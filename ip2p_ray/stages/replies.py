@@ -127,8 +127,7 @@ class AskReplies:
             return {"reply": str(error), "status": NO_REPLY}
         except (Ip2pError, OSError) as error:
             # Not raised: Ray would end the actors, and lose what is in flight and paid for.
-            own = error if isinstance(error, Ip2pError) else StageError(f"journal: {error}")
-            self._turn.stop = self._turn.stop or own
+            own = self._turn.stop_by(error)
             return {"reply": str(own), "status": f"{STOPPED} {type(own).__name__}"}
         found = read_reply(caption, reply, fits=fits_openai)
         if isinstance(found, Triplet):
@@ -150,8 +149,17 @@ class _Turn(AbstractAsyncContextManager[None]):
             self._free.release()
             raise type(self.stop)(*self.stop.args)
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # before the turn is another's
+        if isinstance(error, Ip2pError | OSError) and not isinstance(error, ReplyError):
+            self.stop_by(error)
         self._free.release()
+
+    def stop_by(self, error: Ip2pError | OSError) -> Ip2pError:
+        """The error as this package tells it; from now on there are no more turns."""
+        own = error if isinstance(error, Ip2pError) else StageError(f"journal: {error}")
+        self.stop = self.stop or own
+        return own
 
 
 @ray.remote(num_cpus=0)
