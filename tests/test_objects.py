@@ -102,8 +102,11 @@ def test_a_dataset_lies_in_a_bucket_as_it_does_in_a_folder(bucket):
     assert storage.read_manifest(uri).shards == made.shards
     storage.remove(f"{uri}/captions-00001.parquet")
     assert storage.exists(f"{uri}/{storage.MANIFEST}")
+    storage.write_bytes(f"{uri}-2", b"no part of it")
+    assert storage.any_there(uri)
     storage.remove_all(uri)
-    assert not storage.exists(f"{uri}/{storage.MANIFEST}")
+    assert not storage.any_there(uri)
+    assert storage.exists(f"{uri}-2")
 
 
 def test_a_dataset_survives_faults_on_the_way(faulty, bucket):

@@ -143,6 +143,15 @@ def test_leftovers_of_a_killed_run_are_no_shards_and_go_with_the_manifest(uri):
     assert not left.exists()
 
 
+def test_a_dataset_is_deleted_with_all_that_lies_in_its_folder(tmp_path, uri):
+    storage.write_manifest(uri, storage.Manifest(dataset="captions"))
+    assert storage.any_there(uri)
+    for _ in range(2):  # the second finds nothing
+        storage.remove_all(uri)
+        assert not storage.any_there(uri)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_shards_may_lie_in_folders(tmp_path):
     storage.write_shard(tmp_path, "part/b", TABLE)
     storage.write_shard(tmp_path, "a", TABLE)

@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow as pa
 import pytest
 import ray
 
@@ -16,6 +17,7 @@ from ip2p_ray.stages.triplets import ask_triplets
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.limits import LimitsConfig
+from ip2p_ray.triplets.reply import NO_REPLY
 from ip2p_ray.triplets.writer import WriterConfig
 
 CONFIG = WriterConfig(model="fake", shots=0)
@@ -124,6 +126,23 @@ def test_captions_without_a_reply_are_told_and_asked_again(local_ray, tmp_path):
         assert again.recipe != manifest.recipe  # what was made of the old ones elsewhere is told so
         assert drop_unanswered(str(tmp_path)) == 0
         assert set(server.counts.paid.values()) <= {1, 2}  # 2: the server is asked for any other
+
+
+@pytest.mark.parametrize("status", ["ok", NO_REPLY])
+def test_what_has_no_reply_is_dropped_from_a_bucket_too(bucket, status):
+    folder = f"{bucket}/run"
+    row = dict.fromkeys(REPLIES.names, "a") | {"status": status}
+    names = ("triplets", "rejects/triplets", "replies", "candidates")
+    for name in names:
+        storage.write_shard(f"{folder}/{name}", "a", pa.Table.from_pylist([row], schema=REPLIES))
+        storage.write_manifest(f"{folder}/{name}", storage.Manifest(dataset=name))
+    if status == NO_REPLY:
+        with pytest.raises(StageError, match=r"1 captions .*triplets that candidates in s3://"):
+            drop_unanswered(folder)
+    assert all(storage.any_there(f"{folder}/{name}") for name in names)
+    storage.remove_all(f"{folder}/candidates")
+    assert drop_unanswered(folder) == (status == NO_REPLY)
+    assert all(storage.any_there(f"{folder}/{name}") == (status == "ok") for name in names[:3])
 
 
 @pytest.mark.ray
