@@ -11,7 +11,6 @@ import html
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from ip2p_ray import files
@@ -115,7 +114,7 @@ class CaptionConfig:
 class CaptionFiles:
     """Rows with "caption", "url" and "source" of many files; can be iterated again and again."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[files.File, ...]
     """Files, or folders of them, of the kinds that `files` reads."""
     column: str | None = None
     """The caption's; None looks for one of COLUMNS."""
@@ -134,7 +133,7 @@ class CaptionFiles:
                     "source": (_known(row.get(source)) if source else None) or path.name,
                 }
 
-    def columns(self, path: Path) -> tuple[str, str | None, str | None]:
+    def columns(self, path: files.File) -> tuple[str, str | None, str | None]:
         """The names of caption, URL and source in a file; the last two may be missing.
 
         Raises:
@@ -152,7 +151,7 @@ class CaptionFiles:
         return caption, url, _column(path, there, self.source_column, SOURCE_COLUMNS)
 
 
-def read_captions(path: Path) -> Iterator[dict[str, Any]]:
+def read_captions(path: files.File) -> Iterator[dict[str, Any]]:
     """The rows of `CaptionFiles` of one file or folder, the column found by its name.
 
     Raises:
@@ -255,7 +254,7 @@ def reason_by(caption: str, config: CaptionConfig, fits: Callable[[str], bool]) 
 
 
 def _column(
-    path: Path, there: Sequence[str], asked: str | None, known: Sequence[str]
+    path: files.File, there: Sequence[str], asked: str | None, known: Sequence[str]
 ) -> str | None:
     if asked is None:
         return next((name for name in known if name in there), None)

@@ -6,6 +6,7 @@ Ip2pError
 |   `-- LargeImageError  they would decode to more pixels than are accepted
 |-- ModelError     a weights folder is missing or broken; names it
 |-- DatasetError   a dataset is missing, incomplete or of another schema; names it
+|-- StorageError   object storage refuses, or cannot be reached; names the URI
 |-- ReplyError     one caption got no reply; a stage makes a reject of it
 |-- BudgetError    a spending cap or the account's quota is reached; what was paid is kept
 `-- StageError     a stage of the flow failed, or rejected more rows than it may
@@ -39,6 +40,10 @@ class ModelError(Ip2pError):
 
 class DatasetError(Ip2pError):
     """A dataset is missing, incomplete or has another schema; the text names its URI."""
+
+
+class StorageError(Ip2pError):
+    """Object storage refuses a request, or cannot be reached; the text names the URI and why."""
 
 
 class ReplyError(Ip2pError):

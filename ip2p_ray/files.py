@@ -1,19 +1,20 @@
 """Rows of the files that people have: Parquet, JSON lines, CSV, TSV and plain text.
 
 All but Parquet may be gzipped. Of a file only one batch of rows, and of those only the columns that
-are asked for, are in memory.
+are asked for, are in memory. A file is a local path, or an object of a bucket (`storage.files_at`).
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, Literal, Protocol, TextIO, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,47 +27,77 @@ TEXT = "text"
 Numbered = tuple[int, dict[str, Any]]
 
 _BATCH = 1024
+_READ_AHEAD = 4 << 20  # bytes that are asked of a bucket at a time
 _BROKEN = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowException)
 
 
-def files_of(paths: Iterable[Path]) -> list[Path]:
+class File(Protocol):
+    """What can be opened for reading again and again; a path is one."""
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its folder."""
+        ...
+
+    def open(self, mode: Literal["rb"], /) -> IO[bytes]:
+        """Its bytes; can seek."""
+        ...
+
+
+@overload
+def files_of(paths: Iterable[Path]) -> list[Path]: ...
+@overload
+def files_of(paths: Iterable[File]) -> list[File]: ...
+def files_of(paths: Iterable[File]) -> Sequence[File]:
     """The files among the paths and, of folders, those below them that can be read, by name.
 
     Raises:
         DatasetError: a path does not exist, is of an unknown kind, or is a folder without files.
     """
-    found: list[Path] = []
+    found: list[File] = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(part for part in path.rglob("*") if _is_data(part, path))
+        if isinstance(path, Path) and path.is_dir():
+            below = (part for part in path.rglob("*") if is_data(part.relative_to(path).parts))
+            inside = sorted(part for part in below if part.is_file())
             if not inside:
-                raise DatasetError(f"folder {path} holds no file of {', '.join(_KINDS)}")
+                raise DatasetError(f"folder {path} holds no file of {', '.join(KINDS)}")
             found += inside
-        elif not path.exists():
+        elif isinstance(path, Path) and not path.exists():
             raise DatasetError(f"{path} cannot be read: there is no such file")
-        elif _suffix(path) not in _KINDS:
-            raise DatasetError(f"{path} is of no known kind; known are {', '.join(_KINDS)}")
+        elif _suffix(path) not in KINDS:
+            raise DatasetError(f"{path} is of no known kind; known are {', '.join(KINDS)}")
         else:
             found.append(path)
     return found
 
 
-def columns(path: Path) -> list[str]:
+def is_data(parts: Sequence[str]) -> bool:
+    """Whether a file, by its path below a folder, is of a kind that can be read, and not hidden."""
+    return not any(part[0] in "._" for part in parts) and _kind(parts[-1]) in KINDS
+
+
+def size(path: File) -> int:
+    """Bytes of a file."""
+    with _told(path), path.open("rb") as file:
+        return file.seek(0, io.SEEK_END)
+
+
+def columns(path: File) -> list[str]:
     """Names of a file's columns; of JSON lines, those of the first line.
 
     Raises:
         DatasetError: the file cannot be read.
     """
     if _suffix(path) == ".parquet":
-        with _told(path):
-            return list(pq.read_schema(path).names)
+        with _told(path), _parquet(path) as file:
+            return list(file.schema_arrow.names)
     if _suffix(path) in _TABLES:
         with _told(path), _opened(path) as file:
             return next(csv.reader(file, **_TABLES[_suffix(path)]), [])
     return list(next(read_rows(path), {TEXT: None}))
 
 
-def read_rows(path: Path, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def read_rows(path: File, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The rows of a file, of Parquet only with the columns `names`; empty lines are skipped.
 
     A row may lack some of the names: no two JSON lines need have the same.
@@ -78,42 +109,41 @@ def read_rows(path: Path, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]
 
 
 def read_numbered(
-    path: Path, names: Sequence[str] = (), *, batch: int = _BATCH
+    path: File, names: Sequence[str] = (), *, batch: int = _BATCH
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The same with the number of the line on which each row ends; of Parquet, of the row.
 
     `batch` rows of Parquet are in memory at a time; few, where they hold pictures.
     """
-    if _suffix(path) not in _KINDS:
-        raise DatasetError(f"{path} is of no known kind; known are {', '.join(_KINDS)}")
+    if _suffix(path) not in KINDS:
+        raise DatasetError(f"{path} is of no known kind; known are {', '.join(KINDS)}")
     reader = _LINES.get(_suffix(path))
     with _told(path):
         yield from reader(path) if reader else _read_parquet(path, names, batch)
 
 
-def _read_parquet(path: Path, names: Sequence[str], rows: int) -> Iterator[Numbered]:
-    # Without pre_buffer a row group is not read whole before its first batch comes out.
+def _read_parquet(path: File, names: Sequence[str], rows: int) -> Iterator[Numbered]:
     count = 0
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+    with _parquet(path) as file:
         for batch in file.iter_batches(rows, columns=list(names), use_threads=False):
             yield from enumerate(batch.to_pylist(), start=count + 1)
             count += len(batch)
 
 
-def _read_table(path: Path) -> Iterator[Numbered]:
+def _read_table(path: File) -> Iterator[Numbered]:
     with _opened(path) as file:
         reader = csv.DictReader(file, **_TABLES[_suffix(path)])
         yield from ((reader.line_num, row) for row in reader)
 
 
-def _read_json_lines(path: Path) -> Iterator[Numbered]:
+def _read_json_lines(path: File) -> Iterator[Numbered]:
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _row_of_json(line, f"{path}:{number}")
 
 
-def _read_text(path: Path) -> Iterator[Numbered]:
+def _read_text(path: File) -> Iterator[Numbered]:
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -137,39 +167,55 @@ _TABLES: dict[str, dict[str, Any]] = {
     # Published TSV files hold single quotation marks, which quoting would swallow rows by.
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
-_LINES: Mapping[str, Callable[[Path], Iterator[Numbered]]] = {
+_LINES: Mapping[str, Callable[[File], Iterator[Numbered]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".csv": _read_table,
     ".tsv": _read_table,
     ".txt": _read_text,
 }
-_KINDS = (".parquet", *_LINES)
+KINDS = (".parquet", *_LINES)
+"""Suffixes of what can be read."""
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
+def _parquet(path: File) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, of which a row group is not read whole before its first batch comes out."""
+    if isinstance(path, Path):
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            yield file
+    else:
+        with (
+            path.open("rb") as stream,
+            pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_AHEAD) as file,
+        ):
+            yield file
+
+
+@contextmanager
+def _opened(path: File) -> Iterator[TextIO]:
     """The text of a file, unpacked; only a line feed ends a line."""
-    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-        yield file
+    with path.open("rb") as stream:
+        raw: Any = stream if isinstance(path, Path) else io.BufferedReader(stream, _READ_AHEAD)
+        content = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+        with io.TextIOWrapper(content, encoding="utf-8-sig", newline="\n") as text:
+            yield text
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: File) -> Iterator[None]:
     try:
         yield
     except _BROKEN as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
 
 
-def _suffix(path: Path) -> str:
+def _suffix(path: File) -> str:
+    return _kind(path.name)
+
+
+def _kind(name: str) -> str:
     """The suffix below .gz, in lower case; Parquet packs itself and has no .gz."""
-    name = Path(path.name.lower())
-    packed = name.suffix == ".gz" and Path(name.stem).suffix != ".parquet"
-    return Path(name.stem).suffix if packed else name.suffix
-
-
-def _is_data(path: Path, folder: Path) -> bool:
-    hidden = any(part[0] in "._" for part in path.relative_to(folder).parts)
-    return not hidden and path.is_file() and _suffix(path) in _KINDS
+    path = Path(name.lower())
+    packed = path.suffix == ".gz" and Path(path.stem).suffix != ".parquet"
+    return Path(path.stem).suffix if packed else path.suffix

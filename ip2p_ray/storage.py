@@ -8,7 +8,8 @@ Ray Data (`stages.plan`) are Ray's: each is written under its final name, so a k
 that is cut. Ray's notes name it, and the next run deletes it before it goes on; no manifest is
 written while one is there, because `write_manifest` reads every shard's footer.
 
-Only local folders now, as plain paths or file:// URIs.
+A URI is a plain path, file:///... or s3://bucket/... (`objects`), where a completed upload is what
+the rename is here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ip2p_ray import __version__
-from ip2p_ray.atomic import atomic_file, remove_leftovers
+from ip2p_ray import __version__, files, objects
+from ip2p_ray.atomic import atomic_file, remove_folder, remove_leftovers
 from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.schema import SCHEMA_VERSION
 
@@ -70,6 +72,11 @@ class Manifest:
         return sum(shard.rows for shard in self.shards)
 
 
+def is_local(uri: str | Path) -> bool:
+    """Whether it names something on a file system."""
+    return not objects.is_object(uri)
+
+
 def local_path(uri: str | Path) -> Path:
     """The local path of a URI: a plain path or file:///...
 
@@ -86,35 +93,130 @@ def local_path(uri: str | Path) -> Path:
     return Path(unquote(parts.path))
 
 
+def absolute(uri: str | Path) -> str:
+    """The URI as a process with another working directory names the same."""
+    return str(uri).rstrip("/") if objects.is_object(uri) else str(local_path(uri).absolute())
+
+
 def join(uri: str | Path, *names: str) -> str:
     """The URI of something below a URI."""
     return "/".join([str(uri).rstrip("/"), *names])
 
 
+def check(uri: str | Path) -> None:
+    """Returns if a bucket can be listed; of a local path nothing is asked.
+
+    Raises:
+        StorageError: no such bucket, no right to it, or nobody there; says which.
+    """
+    if objects.is_object(uri):
+        objects.check(str(uri))
+
+
+def exists(uri: str | Path) -> bool:
+    """Whether a file, a folder or an object lies there."""
+    if objects.is_object(uri):
+        return objects.size(str(uri)) is not None
+    return local_path(uri).exists()
+
+
+def read_bytes(uri: str | Path) -> bytes:
+    """What a file or an object holds.
+
+    Raises:
+        DatasetError, OSError: there is none.
+        StorageError: object storage refuses.
+    """
+    return objects.read(str(uri)) if objects.is_object(uri) else local_path(uri).read_bytes()
+
+
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """The file at the URI, atomically."""
+    if objects.is_object(uri):
+        objects.write(str(uri), data)
+        return
     with atomic_file(local_path(uri)) as path:
         path.write_bytes(data)
 
 
+def remove(uri: str | Path) -> None:
+    """Deletes a file or an object, if there is one."""
+    if objects.is_object(uri):
+        objects.remove([str(uri)])
+    else:
+        local_path(uri).unlink(missing_ok=True)
+
+
+def remove_all(uri: str | Path) -> None:
+    """Deletes a folder, or all objects below the URI, if there are any.
+
+    A kill in between leaves no half of a folder, and of a dataset in a bucket no manifest.
+    """
+    if objects.is_object(uri):
+        objects.remove([join(uri, MANIFEST)])
+        objects.remove_below(str(uri))
+    elif local_path(uri).is_dir():
+        remove_folder(local_path(uri))
+
+
+def opened(uri: str | Path) -> Any:
+    """What `pyarrow.parquet` reads a file or an object from, by parts."""
+    return objects.opened(str(uri)) if objects.is_object(uri) else local_path(uri)
+
+
+def arrow_place(uri: str | Path) -> tuple[Any, str]:
+    """Arrow's file system for a URI, None for local ones, and the path in it."""
+    if objects.is_object(uri):
+        return objects.filesystem(str(uri))
+    return None, str(local_path(uri))
+
+
+def files_at(uri: str | Path) -> list[files.File]:
+    """What `files` reads: a local path; of s3://..., the object, or the data files below it.
+
+    Raises:
+        DatasetError: there is no such object, and none of a known kind below.
+        StorageError: object storage refuses.
+    """
+    if not objects.is_object(uri):
+        return [local_path(uri)]
+    check(uri)
+    place = str(uri)
+    if objects.size(place) is not None:
+        return [objects.ObjectFile(place)]
+    names = [found.name for found in objects.listing(place) if files.is_data(found.name.split("/"))]
+    if not names:
+        raise DatasetError(f"there is no {uri}, and no {', '.join(files.KINDS)} below it")
+    return [objects.ObjectFile(join(place, name)) for name in names]
+
+
 def write_shard(uri: str | Path, name: str, table: pa.Table) -> None:
     """The table as the shard `<uri>/<name>.parquet`, atomically."""
+    if objects.is_object(uri):
+        whole = pa.BufferOutputStream()
+        pq.write_table(table, whole)
+        objects.write(join(uri, f"{name}.parquet"), whole.getvalue().to_pybytes())
+        return
     with atomic_file(local_path(uri) / f"{name}.parquet") as path:
         pq.write_table(table, path)
 
 
 def list_shards(uri: str | Path) -> list[str]:
     """URIs of a dataset's Parquet files in order of their names, whole dataset or not."""
-    folder = local_path(uri)
-    return [join(uri, name) for name in _shard_names(folder)]
+    return [join(uri, name) for name in sorted(_shard_sizes(uri))]
 
 
 def write_manifest(uri: str | Path, manifest: Manifest) -> Manifest:
     """The manifest with the shards that lie there now; from here on the dataset is whole."""
-    folder = local_path(uri)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    shards = [_shard(folder, name) for name in _shard_names(folder)]
+    if not objects.is_object(uri):
+        folder = local_path(uri)
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+    sizes = _shard_sizes(uri)
+    shards = [
+        Shard(name=name, rows=count_rows(join(uri, name)), bytes=sizes[name])
+        for name in sorted(sizes)
+    ]
     values = {**vars(manifest), "shards": shards}
     whole = Manifest(**values)
     text = json.dumps(asdict(whole), indent=2, sort_keys=True, allow_nan=False)
@@ -128,19 +230,19 @@ def read_manifest(uri: str | Path) -> Manifest:
     Raises:
         DatasetError: there is none, it cannot be read, or it has another schema version.
     """
-    path = local_path(uri) / MANIFEST
-    if not path.is_file():
-        state = "is not whole: it has no manifest" if path.parent.is_dir() else "does not exist"
+    place = join(uri, MANIFEST)
+    if not exists(place):
+        state = "is not whole: it has no manifest" if any_there(uri) else "does not exist"
         raise DatasetError(
             f"dataset {uri} {state}; run the job that makes it (the same command again goes on "
             "where it stopped), or allow an incomplete dataset"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_bytes(place))
         shards = [Shard(**shard) for shard in values.pop("shards")]
         manifest = Manifest(**values, shards=shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"manifest {path} cannot be read: {error}") from error
+        raise DatasetError(f"manifest {place} cannot be read: {error}") from error
     if manifest.schema_version != SCHEMA_VERSION:
         raise DatasetError(
             f"dataset {uri} has schema version {manifest.schema_version}, this code reads "
@@ -157,13 +259,12 @@ def require_manifest(uri: str | Path, *, allow_incomplete: bool = False) -> Mani
     Raises:
         DatasetError: no manifest, or a shard is missing or of another length.
     """
-    folder = local_path(uri)
-    if allow_incomplete and folder.is_dir() and not (folder / MANIFEST).is_file():
+    if allow_incomplete and any_there(uri) and not exists(join(uri, MANIFEST)):
         return None
     manifest = read_manifest(uri)
+    sizes = _shard_sizes(uri)
     for shard in manifest.shards:
-        path = folder / shard.name
-        if not path.is_file() or path.stat().st_size != shard.bytes:
+        if sizes.get(shard.name) != shard.bytes:
             raise DatasetError(
                 f"dataset {uri}: shard {shard.name} is missing or changed since the manifest was "
                 "written; make the dataset again"
@@ -194,27 +295,49 @@ def read_dataset(
     return pa.concat_tables([schema.empty_table(), *(_read(shard, schema) for shard in shards)])
 
 
-def _shard_names(folder: Path) -> list[str]:
-    names = []
-    for place, folders, files in os.walk(folder):  # it passes over what is gone meanwhile
-        folders[:] = [name for name in folders if name[0] not in "._"]
-        shards = [name for name in files if name[0] not in "._" and name.endswith(".parquet")]
-        names += [(Path(place) / name).relative_to(folder).as_posix() for name in shards]
-    return sorted(names)
+def count_rows(shard: str | Path) -> int:
+    """The rows of a shard, from its footer.
 
-
-def _shard(folder: Path, name: str) -> Shard:
-    path = folder / name
+    Raises:
+        DatasetError: it is no whole Parquet file.
+    """
     try:
-        rows = pq.read_metadata(path).num_rows
+        return int(pq.read_metadata(opened(shard)).num_rows)
     except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"shard {path} is no whole Parquet file: {error}") from error
-    return Shard(name=name, rows=rows, bytes=path.stat().st_size)
+        raise DatasetError(f"shard {shard} is no whole Parquet file: {error}") from error
+
+
+def any_there(uri: str | Path) -> bool:
+    """Whether anything lies at or below the URI."""
+    if objects.is_object(uri):
+        return next(objects.listing(str(uri)), None) is not None
+    return local_path(uri).is_dir()
+
+
+def _shard_sizes(uri: str | Path) -> dict[str, int]:
+    """The bytes of each shard, by its path below the URI."""
+    if objects.is_object(uri):
+        return {
+            found.name: found.bytes
+            for found in objects.listing(str(uri))
+            if _is_shard(found.name.split("/"))
+        }
+    folder, sizes = local_path(uri), {}
+    for place, folders, inside in os.walk(folder):  # it passes over what is gone meanwhile
+        folders[:] = [name for name in folders if name[0] not in "._"]
+        for path in (Path(place) / name for name in inside if _is_shard([name])):
+            with suppress(FileNotFoundError):
+                sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return sizes
+
+
+def _is_shard(parts: Sequence[str]) -> bool:
+    return parts[-1].endswith(".parquet") and not any(part[:1] in ("", ".", "_") for part in parts)
 
 
 def _read(uri: str, schema: pa.Schema) -> pa.Table:
-    path = local_path(uri)
     try:
-        return pq.ParquetFile(path).read(columns=schema.names).select(schema.names).cast(schema)
+        file = pq.ParquetFile(opened(uri))
+        return file.read(columns=schema.names).select(schema.names).cast(schema)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DatasetError(f"shard {uri} does not have the expected columns: {error}") from error

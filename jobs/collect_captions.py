@@ -4,6 +4,10 @@
     python jobs/collect_captions.py --files a.csv b.jsonl.gz lists/ --sample 100000 --language en
     ray job submit --working-dir . -- python jobs/collect_captions.py \
         --files /shared/laion --column TEXT --sample 100000 --out /shared/run
+    python jobs/collect_captions.py --files s3://bucket/laion/ --column TEXT --out s3://bucket/run
+
+s3:// takes endpoint, region and credentials from where boto3 finds them: AWS_ENDPOINT_URL (of MinIO
+and the like), AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, the pod's role.
 
 Files of triplets (input, edit, output; original_prompt, edit_prompt, edited_prompt; and the like)
 become the dataset of triplets at once. One process does it; Ray only brings it to a cluster. The
@@ -25,9 +29,10 @@ class CollectCaptions:
     """Files in, <out>/captions (or <out>/triplets) and <out>/rejects out."""
 
     files: tuple[str, ...]
-    """Files (.parquet, .jsonl, .csv, .tsv, .txt; but for Parquet also gzipped), or folders."""
-    out: Path = Path("runs/captions")
-    """Folder for the datasets."""
+    """Files (.parquet, .jsonl, .csv, .tsv, .txt; but for Parquet also gzipped), or folders; here
+    or s3://."""
+    out: str = "runs/captions"
+    """Folder for the datasets; here or s3://."""
     column: str | None = None
     """Column of the caption; by default one of the usual names is looked for."""
     url_column: str | None = None
@@ -47,10 +52,14 @@ class CollectCaptions:
         if not self.files:
             raise ValueError("--files names at least one file or folder")
         for name in self.files:
+            if name.startswith("s3://"):
+                continue
             if "://" in name and not name.startswith("file://"):
-                raise ValueError(f"--files {name}: only local files can be read")
+                raise ValueError(f"--files {name}: only local files and s3:// can be read")
             if not Path(name.removeprefix("file://")).exists():
                 raise ValueError(f"--files {name}: there is no such file or folder")
+        if "://" in self.out and not self.out.startswith(("file://", "s3://")):
+            raise ValueError(f"--out {self.out}: a folder here or s3://bucket/folder")
         if self.sample is not None and self.sample < 1:
             raise ValueError("--sample is at least 1")
         if not 0 <= self.seed < 2**63:
@@ -66,18 +75,18 @@ def main(job: CollectCaptions) -> int:
     from ip2p_ray.stages import run
     from ip2p_ray.stages.captions import collect_files
 
-    rows = CaptionFiles(
-        paths=tuple(storage.local_path(name) for name in job.files),
-        column=job.column,
-        url_column=job.url_column,
-        source_column=job.source_column,
-    )
     config = CaptionConfig(sample=job.sample, seed=job.seed, language=job.language)
 
     def work() -> None:
         with run.locked(job.out):
-            made = collect_files(rows, str(job.out), config, held_out=job.held_out)
-        print(f"collect_captions: {job.out / made.dataset} has {made.rows:,} rows")
+            rows = CaptionFiles(
+                paths=tuple(file for name in job.files for file in storage.files_at(name)),
+                column=job.column,
+                url_column=job.url_column,
+                source_column=job.source_column,
+            )
+            made = collect_files(rows, job.out, config, held_out=job.held_out)
+        print(f"collect_captions: {storage.join(job.out, made.dataset)} has {made.rows:,} rows")
 
     return run.guarded("collect_captions", work)
 

@@ -10,10 +10,16 @@
         python jobs/write_triplets.py --captions /shared/run/captions --out /shared/run \
         --model gpt-4o-mini --actors 4 --max-usd 20 --usd-per-million 0.15 0.60
 
+    python jobs/write_triplets.py --captions /shared/run/captions --out /shared/run \
+        --model gpt-4o-mini --journal s3://bucket/run/journal
+    python jobs/write_triplets.py --captions s3://bucket/run/captions --out s3://bucket/run \
+        --model gpt-4o-mini
+
 <out>/triplets, <out>/rejects/triplets and the page <out>/triplets.html come out. Whenever it is
-stopped, the same command goes on; <out>/journal has every reply from the moment it arrived. The
-status is 0 when all is written, 3 when a spending cap stopped it (raise it and run the same command
-again), 1 for any other failure and 2 for a wrong flag.
+stopped, the same command goes on; <out>/journal has every reply from the moment it arrived, and one
+in a bucket (endpoint, region and credentials as in jobs/collect_captions.py) a second later, or as
+long as the upload takes. The status is 0 when all is written, 3 when a spending cap stopped it
+(raise it and run the same command again), 1 for any other failure and 2 for a wrong flag.
 """
 
 from __future__ import annotations
@@ -32,11 +38,16 @@ class WriteTriplets:
     """A dataset of captions in, a dataset of triplets out."""
 
     captions: str
-    """Dataset of captions, as jobs/collect_captions.py makes it."""
-    out: Path = Path("runs/captions")
-    """Folder for the datasets and the journal; all nodes have to reach it."""
+    """Dataset of captions, as jobs/collect_captions.py makes it; here or s3://."""
+    out: str = "runs/captions"
+    """Folder for the datasets and the journal; all nodes have to reach it, here or s3://."""
+    journal: str | None = None
+    """Where the replies are kept, here or s3://; by default <out>/journal."""
     writer: Literal["openai", "local"] = "openai"
     """A model behind an OpenAI-compatible server, or a causal LM in processes of this cluster."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What runs the model of --writer local; auto takes vLLM where it is installed, for a --model
+    with whole --gpus."""
     model: str | None = None
     """The server's name of it; or a transformers folder, by default the miniature's writer."""
     base_url: str = "https://api.openai.com/v1"
@@ -94,8 +105,10 @@ class WriteTriplets:
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError("--base-url is like https://host/v1")
-        if "://" in self.captions and not self.captions.startswith("file://"):
-            raise ValueError(f"--captions {self.captions}: only local datasets can be read")
+        for name in ("captions", "out", "journal"):
+            place = getattr(self, name) or ""
+            if "://" in place and not place.startswith(("file://", "s3://")):
+                raise ValueError(f"--{name} {place}: a folder here or s3://bucket/folder")
         if self.examples is not None and not self.examples.is_file():
             raise ValueError(f"--examples {self.examples}: there is no such file")
         for name in ("concurrency", "actors", "max_reply_tokens", "attempts"):
@@ -143,9 +156,11 @@ def _ask(job: WriteTriplets) -> None:
         seed=job.seed,
         moderation=job.moderation,
     )
-    out = job.out.absolute()
+    out = storage.absolute(job.out)
+    journal = storage.absolute(job.journal or storage.join(out, "journal"))
     asking = replies.Asking(
-        journal=str(out / "journal"),
+        journal=journal,
+        signs=None if storage.is_local(journal) else out,
         endpoint=Endpoint(
             base_url=job.base_url,
             api_key_env=None if job.api_key_env == "none" else job.api_key_env,
@@ -166,16 +181,17 @@ def _ask(job: WriteTriplets) -> None:
         max_no_reply=job.max_no_reply,
     )
     examples = load_examples(job.examples) if job.form == "chat" and job.shots else []
-    captions = str(storage.local_path(job.captions).absolute())
+    captions = storage.absolute(job.captions)
     with run.locked(out):
         if job.retry_rejects:
-            count = replies.drop_unanswered(str(out))
+            count = replies.drop_unanswered(out)
             print(f"write_triplets: {count:,} captions without a reply are asked about again")
-        replies.check(captions, str(out), config, examples=examples, endpoint=asking.endpoint)
-        with run.ray_to_make(str(out / "replies"), workers=job.actors):
+        storage.check(asking.journal)
+        replies.check(captions, out, config, examples=examples, endpoint=asking.endpoint)
+        with run.ray_to_make(storage.join(out, "replies"), workers=job.actors):
             made = ask_triplets(
                 captions,
-                str(out),
+                out,
                 config,
                 examples=examples,
                 asking=asking,
@@ -189,23 +205,25 @@ def _write(job: WriteTriplets) -> None:
     from ip2p_ray import presets, storage
     from ip2p_ray.clip import Clip
     from ip2p_ray.miniature.weights import WEIGHTS
-    from ip2p_ray.stages import run
+    from ip2p_ray.stages import run, vllm_writer
     from ip2p_ray.stages.triplets import TripletConfig, write_triplets
     from ip2p_ray.triplets.local_writer import LocalWriter
 
+    engine = vllm_writer.chosen(job.engine, model=job.model, gpus=job.gpus)
     writer = Path(job.model or WEIGHTS / "writer").absolute()
-    LocalWriter.load(writer)  # or a sentence that says what is wrong with it
+    if engine == "transformers":
+        LocalWriter.load(writer)  # or a sentence that says what is wrong with it
     judge = None if job.model else str(WEIGHTS / "judge")
     models = {
         "writer": presets.folder_fingerprint(writer),
         "judge": Clip.load(judge).fingerprint() if judge else "openai",
     }
-    captions = str(storage.local_path(job.captions).absolute())
-    out = job.out.absolute()
-    with run.locked(out), run.ray_to_make(str(out / "replies"), workers=job.actors):
+    captions = storage.absolute(job.captions)
+    out = storage.absolute(job.out)
+    with run.locked(out), run.ray_to_make(storage.join(out, "replies"), workers=job.actors):
         made = write_triplets(
             captions,
-            str(out),
+            out,
             TripletConfig(seed=job.seed, held_out=job.held_out),
             writer=str(writer),
             judge=judge,
@@ -213,14 +231,14 @@ def _write(job: WriteTriplets) -> None:
             resources=run.Resources(
                 actors=job.actors, batch_size=job.concurrency, gpus=job.gpus, cpus=0.5
             ),
+            engine=engine,
         )
     _tell(job, made.rows)
 
 
 def _tell(job: WriteTriplets, rows: int) -> None:
-    print(
-        f"write_triplets: {job.out / 'triplets'} has {rows:,} rows; look at {job.out}/triplets.html"
-    )
+    out = job.out.rstrip("/")
+    print(f"write_triplets: {out}/triplets has {rows:,} rows; look at {out}/triplets.html")
 
 
 if __name__ == "__main__":

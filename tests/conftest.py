@@ -6,6 +6,7 @@ And what the tests that start Ray share: one small Ray, and one run of the whole
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from hypothesis import settings
@@ -34,6 +35,35 @@ def tiny_weights(tmp_path_factory):
     from ip2p_ray.miniature.tiny import tiny_miniature
 
     return tiny_miniature(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def bucket_endpoint():
+    """Of the one server of the test session that speaks S3."""
+    from ip2p_ray.testing import bucket_process
+
+    with bucket_process() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(bucket_endpoint, monkeypatch):
+    """The URI of an empty bucket there; the environment names the server and a key to it."""
+    import boto3
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": bucket_endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"test-{uuid4().hex[:12]}"
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=name)
+    return f"s3://{name}"
 
 
 @pytest.fixture(scope="session")

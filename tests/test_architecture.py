@@ -25,7 +25,7 @@ LINES = (
     },
     # presets gathers the configs of the lines above; nothing above reads it
     {"editor", "evaluation", "gallery", "miniature", "presets"},
-    {"storage"},
+    {"storage", "objects", "lease"},
     {"stages"},
     {"benchmark"},
     {"jobs", "serve"},
@@ -35,8 +35,9 @@ TESTING = "testing"
 
 ONLY_IN = {
     "ray": ("stages", "jobs", "serve"),
-    "boto3": ("storage",),
-    "botocore": ("storage",),
+    "boto3": ("objects",),
+    "botocore": ("objects",),
+    "moto": (TESTING,),
     "openai": ("triplets.endpoint", "triplets.writer", "triplets.openai_finetune"),
     "open_clip": ("clip", "miniature", TESTING),
 }
@@ -190,6 +191,7 @@ def test_everything_is_ascii():
         ("ip2p_ray.testing", "from openai import OpenAI"),
         ("ip2p_ray.triplets.reply", "from openai import OpenAI"),
         ("ip2p_ray.stages.pairs", "import boto3"),
+        ("ip2p_ray.storage", "import boto3"),
         ("ip2p_ray.pairs", "import open_clip"),
         ("ip2p_ray.clipping", "import open_clip"),
     ],
@@ -214,7 +216,7 @@ def test_a_relative_import_of_a_package_starts_at_the_package():
         ("ip2p_ray.miniature.train", "import open_clip\nfrom ip2p_ray.presets import MINIATURE"),
         ("ip2p_ray.clip", "import open_clip"),
         ("ip2p_ray.triplets.writer", "import openai"),
-        ("ip2p_ray.storage", "import boto3"),
+        ("ip2p_ray.objects", "import boto3"),
         ("ip2p_ray.benchmark.pairs", "from ip2p_ray.testing import stable_diffusion_1_5"),
         ("jobs.benchmark", "from ip2p_ray.benchmark.pairs import compare"),
         ("ip2p_ray.stages.pairs", "import ray.data\nfrom ip2p_ray import storage"),

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ip2p_ray import files
+from ip2p_ray import files, storage
 from ip2p_ray.errors import DatasetError
 
 ROWS = [
@@ -139,3 +139,36 @@ def test_rows_with_pictures_are_read_a_few_at_a_time(tmp_path):
     for batch in (1, 2, 100):
         rows = files.read_numbered(path, ["caption"], batch=batch)
         assert list(rows) == [(n, {"caption": row["caption"]}) for n, row in enumerate(ROWS, 1)]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.csv", "a.txt"])
+def test_an_object_reads_as_a_file_does(bucket, tmp_path, name):
+    lines = [{"text": f"caption {number} \u00e9"} for number in range(3000)]
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(lines), tmp_path / name, row_group_size=700)
+    else:
+        texts = [json.dumps(row) if "json" in name else row["text"] for row in lines]
+        content = "\n".join(["text", *texts] if name == "a.csv" else texts).encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    storage.write_bytes(f"{bucket}/{name}", (tmp_path / name).read_bytes())
+    (there,) = storage.files_at(f"{bucket}/{name}")
+    assert files.columns(there) == files.columns(tmp_path / name) == ["text"]
+    assert list(files.read_numbered(there, ["text"])) == list(
+        files.read_numbered(tmp_path / name, ["text"])
+    )
+    assert list(files.read_rows(there, ["text"])) == lines
+    assert files.size(there) == files.size(tmp_path / name) == (tmp_path / name).stat().st_size
+    storage.write_bytes(f"{bucket}/{name}", b"\xff\xfe")
+    with pytest.raises(DatasetError, match=f"{bucket}/{name} cannot be read"):
+        list(files.read_rows(there, ["text"]))
+
+
+def test_the_objects_below_a_uri_are_those_of_a_folder(bucket):
+    for name in ("b.csv", "a/c.txt", "_SUCCESS", ".hidden/a.csv", "a.pdf"):
+        storage.write_bytes(f"{bucket}/in/{name}", b"a")
+    found = [str(file) for file in files.files_of(storage.files_at(f"{bucket}/in/"))]
+    assert found == [f"{bucket}/in/a/c.txt", f"{bucket}/in/b.csv"]
+    with pytest.raises(DatasetError, match=r"there is no .*/a\.pdf/b, and no \.parquet, "):
+        storage.files_at(f"{bucket}/in/a.pdf/b")
+    with pytest.raises(DatasetError, match=r"a\.pdf is of no known kind"):
+        files.files_of(storage.files_at(f"{bucket}/in/a.pdf"))

@@ -6,12 +6,10 @@ One process reads and writes, a batch of rows at a time; no Ray has to run.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -80,7 +78,7 @@ def collect_files(
         StageError: no row could be kept.
     """
     paths = files.files_of(rows.paths)
-    inputs = sorted([path.name, path.stat().st_size] for path in paths)
+    inputs = sorted([path.name, files.size(path)] for path in paths)
     settings = {**asdict(config), "files": inputs}
     whole = fits or _fits
     if rows.column is None and _all_triplets(paths):
@@ -144,8 +142,8 @@ def _make(
     def build() -> list[Report]:
         began = time.monotonic()
         for shard in storage.list_shards(uri):  # of a run that was killed
-            storage.local_path(shard).unlink()
-        shutil.rmtree(storage.local_path(rejects), ignore_errors=True)
+            storage.remove(shard)
+        storage.remove_all(rejects)
         kept, dropped = Shards(uri, dataset, schema), Shards(rejects, "rejects", REJECTS)
         counts = Counter[str | None]()
         for found, reason in find():
@@ -194,7 +192,7 @@ class Shards:
         self._count += 1
 
 
-def _all_triplets(paths: Sequence[Path]) -> bool:
+def _all_triplets(paths: Sequence[files.File]) -> bool:
     found = {path: published.triplet_columns(files.columns(path)) is not None for path in paths}
     if len(set(found.values())) > 1:
         triplets = next(path for path, is_triplets in found.items() if is_triplets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -59,13 +59,16 @@ def stream(
     *,
     key: str,
     schema: pa.Schema,
-    steps: Sequence[Step],
+    steps: Sequence[Step | Callable[[Any], Any]],
     unit: str,
     rows_per_block: int,
     name: str | None = None,
     every_s: float = HEARTBEAT_S,
 ) -> None:
     """The rows of the shards `sources`, sent through the steps, as shards of the dataset at `uri`.
+
+    A step may also be what makes a Dataset of Ray Data of another, such as a processor of
+    `ray.data.llm`.
 
     One row in, one row out, identified by its column `key`. A killed plan goes on where it
     stopped: at most the blocks that were being worked on are made again, and no row is lost or
@@ -76,20 +79,25 @@ def stream(
     if not rows:
         return
     resume = run.resume_folder(uri)
-    resume.mkdir(parents=True, exist_ok=True)
+    if storage.is_local(resume):
+        storage.local_path(resume).mkdir(parents=True, exist_ok=True)
     blocks = -(-rows // rows_per_block)
-    already = count_rows(note for note in resume.glob("*.parquet") if _is_committed(note))
+    already = count_rows(note for note in storage.list_shards(resume) if _is_committed(note))
     progress = Progress(name or Path(uri).name, total=rows, unit=unit, done=already)
     context = _context(key, resume)
-    if any(step.blocks for step in steps):
+    if any(isinstance(step, Step) and step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
     with counted(progress, every_s=every_s) as tally, ray.data.DataContext.current(context):
+        places = [storage.arrow_place(source) for source in sources]
         data: Any = ray.data.read_parquet(
-            list(sources), override_num_blocks=blocks, num_cpus=TASK_CPUS
+            [path for _, path in places],
+            filesystem=places[0][0],
+            override_num_blocks=blocks,
+            num_cpus=TASK_CPUS,
         )
         for step in steps:
-            data = _mapped(data, step, blocks, {"tally": tally} if step.counts else {})
-        if not any(step.counts for step in steps):
+            data = _sent(data, step, blocks, tally)
+        if not any(isinstance(step, Step) and step.counts for step in steps):
             data = data.map_batches(
                 _count,
                 batch_format="pyarrow",
@@ -97,14 +105,21 @@ def stream(
                 num_cpus=TASK_CPUS,
                 udf_modifying_row_count=False,
             )
+        filesystem, path = storage.arrow_place(uri)
         data.write_parquet(
-            str(storage.local_path(uri)), schema=schema, ray_remote_args={"num_cpus": TASK_CPUS}
+            path,
+            filesystem=filesystem,
+            schema=schema,
+            ray_remote_args={"num_cpus": TASK_CPUS},
         )
     _remove_duplicates(uri, key, rows)
 
 
-def _mapped(data: Any, step: Step, blocks: int, counting: Mapping[str, Any]) -> Any:
-    resources = step.resources
+def _sent(data: Any, step: Step | Callable[[Any], Any], blocks: int, tally: Any) -> Any:
+    """The data of Ray Data, sent through a step."""
+    if not isinstance(step, Step):
+        return step(data)
+    resources, counting = step.resources, {"tally": tally} if step.counts else {}
     options = {"num_gpus": resources.gpus} if resources.gpus else {}
     return data.map_batches(
         step.callable,
@@ -128,15 +143,19 @@ def _pool(resources: run.Resources, blocks: int, calls: int | None) -> Any:
     return ray.data.ActorPoolStrategy(**size, max_concurrent_calls_per_actor=calls)
 
 
-def _context(key: str, resume: Path) -> Any:
+def _context(key: str, resume: str) -> Any:
     """Settings of a resumable plan; each was found to matter (RAY.md 1.3 to 1.5)."""
     context = ray.data.DataContext.get_current().copy()
     context.use_datasource_v2 = False  # it packs small inputs into one block
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    filesystem, path = storage.arrow_place(resume)
     checkpoint = CheckpointConfig(
-        id_column=key, checkpoint_path=str(resume), delete_checkpoint_on_success=False
+        id_column=key,
+        checkpoint_path=path,
+        delete_checkpoint_on_success=False,
+        override_filesystem=filesystem,
     )
     checkpoint.checkpoint_actor_pool_max_size = 1
     checkpoint.checkpoint_actor_memory_bytes = 64 << 20
@@ -190,13 +209,13 @@ def _count(table: pa.Table, tally: Any) -> pa.Table:
     return table
 
 
-def _is_committed(path: Path) -> bool:
-    return not path.name.endswith(".pending.parquet")
+def _is_committed(note: str) -> bool:
+    return not note.endswith(".pending.parquet")
 
 
 def count_rows(shards: Iterable[str | Path]) -> int:
     """The rows of Parquet files, from their footers."""
-    return sum(int(pq.read_metadata(shard).num_rows) for shard in shards)
+    return sum(storage.count_rows(shard) for shard in shards)
 
 
 def _remove_duplicates(uri: str, key: str, rows: int) -> None:
@@ -214,10 +233,12 @@ def _remove_duplicates(uri: str, key: str, rows: int) -> None:
         return not known
 
     for shard in storage.list_shards(uri):
-        fresh = [is_fresh(value) for value in pq.read_table(shard, columns=[key])[key].to_pylist()]
+        table = pq.read_table(storage.opened(shard), columns=[key])
+        fresh = [is_fresh(value) for value in table[key].to_pylist()]
         if not all(fresh):
             logger.warning("%s: %d rows were there already", shard, len(fresh) - sum(fresh))
-            storage.write_shard(uri, Path(shard).stem, pq.read_table(shard).filter(fresh))
+            whole = pq.read_table(storage.opened(shard))
+            storage.write_shard(uri, Path(shard).stem, whole.filter(fresh))
     if len(seen) != rows:
         raise StageError(
             f"{uri}: {len(seen)} of {rows} rows arrived; run the same command again, and delete "

@@ -12,12 +12,11 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
@@ -25,7 +24,6 @@ import pyarrow.parquet as pq
 import ray
 
 from ip2p_ray import errors, storage
-from ip2p_ray.atomic import remove_folder
 from ip2p_ray.captions import surely_fits
 from ip2p_ray.errors import (
     BudgetError,
@@ -35,13 +33,14 @@ from ip2p_ray.errors import (
     ReplyError,
     StageError,
 )
+from ip2p_ray.objects import ObjectFolder
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS
 from ip2p_ray.stages import plan, run
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.journal import Journal, JournalledWriter
 from ip2p_ray.triplets.limits import Limits, LimitsConfig, Usage
-from ip2p_ray.triplets.reply import NO_REPLY, Triplet, read_reply
+from ip2p_ray.triplets.reply import NO_REPLY, Triplet, parse_reply, read_reply
 from ip2p_ray.triplets.writer import OpenAIWriter, WriterConfig
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ class Asking:
     """How an endpoint is asked; but for `max_no_reply` no field changes what comes out."""
 
     journal: str
-    """Folder of the replies, on a file system that all nodes share."""
+    """Folder of the replies, on a file system that all nodes share or in a bucket."""
     endpoint: Endpoint
     limits: LimitsConfig
     """Of all actors together."""
@@ -85,6 +84,11 @@ class Asking:
     """Share of captions, in [0, 1], that may be left without a reply; above it the stage fails."""
     wait_s: float = _PATIENCE_S
     """Seconds in which the actors of a run that was killed have to be gone."""
+    signs: str | None = None
+    """Folder that all nodes share, where actors show that they live; by default the journal's.
+
+    Without one, as of a journal in a bucket, nobody waits for the actors of a killed run.
+    """
 
     def __post_init__(self) -> None:
         if self.actors < 1 or self.concurrency < 1:
@@ -107,13 +111,13 @@ class AskReplies:
         tally: Any = None,
     ) -> None:
         self._count = Count(tally)
-        self._lease = _lease(asking.journal)
-        fcntl.flock(self._lease, fcntl.LOCK_SH)  # until this process ends
+        self._sign = _sign(asking)
+        if self._sign is not None:
+            fcntl.flock(self._sign, fcntl.LOCK_SH)  # until this process ends
         shared = None if limits is None else RemoteLimits(limits)
         writer = OpenAIWriter(config, asking.endpoint, examples=examples, limits=shared)
-        self._writer = JournalledWriter(writer, Journal(asking.journal))
-        self._turn = asyncio.Semaphore(asking.concurrency)
-        self._stop: dict[str, str | None] | None = None
+        self._turn = _Turn(asking.concurrency)
+        self._writer = JournalledWriter(writer, _journal(asking), self._turn)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """A reply to each caption of the batch, read; or why there is none."""
@@ -130,18 +134,14 @@ class AskReplies:
         return answer
 
     async def _answer(self, caption: str) -> Mapping[str, str | None]:
-        async with self._turn:
-            if self._stop is not None:
-                return self._stop
-            try:
-                reply = await self._writer.write(caption)
-            except ReplyError as error:
-                return {"reply": str(error), "status": NO_REPLY}
-            except (Ip2pError, OSError) as error:
-                # Not raised: Ray would end the actors, and lose what is in flight and paid for.
-                own = error if isinstance(error, Ip2pError) else StageError(f"journal: {error}")
-                self._stop = {"reply": str(own), "status": f"{STOPPED} {type(own).__name__}"}
-                return self._stop
+        try:
+            reply = await self._writer.write(caption)
+        except ReplyError as error:
+            return {"reply": str(error), "status": NO_REPLY}
+        except (Ip2pError, OSError) as error:
+            # Not raised: Ray would end the actors, and lose what is in flight and paid for.
+            own = self._turn.stop_by(error)
+            return {"reply": str(own), "status": f"{STOPPED} {type(own).__name__}"}
         found = read_reply(caption, reply, fits=fits_openai)
         if isinstance(found, Triplet):
             texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
@@ -170,6 +170,32 @@ class Count:
         if self._untold and self._tally is not None:
             self._tally.add.remote(self._untold)
         self._untold, self._told = 0, time.monotonic()
+
+
+class _Turn(AbstractAsyncContextManager[None]):
+    """So many at a time, and none after what stops them all."""
+
+    def __init__(self, count: int) -> None:
+        self.stop: Ip2pError | None = None
+        self._free = asyncio.Semaphore(count)
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+        if self.stop is not None:
+            self._free.release()
+            raise type(self.stop)(*self.stop.args)
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # before the turn is another's
+        if isinstance(error, Ip2pError | OSError) and not isinstance(error, ReplyError):
+            self.stop_by(error)
+        self._free.release()
+
+    def stop_by(self, error: Ip2pError | OSError) -> Ip2pError:
+        """The error as this package tells it; from now on there are no more turns."""
+        own = error if isinstance(error, Ip2pError) else StageError(f"journal: {error}")
+        self.stop = self.stop or own
+        return own
 
 
 @ray.remote(num_cpus=0)
@@ -230,7 +256,7 @@ def check(
         DatasetError: the captions are not whole, or lack a column.
     """
     _require_columns(plan.shards(captions))
-    if not (storage.local_path(folder) / "replies" / storage.MANIFEST).is_file():
+    if not storage.exists(storage.join(folder, "replies", storage.MANIFEST)):
         asyncio.run(_check(config, examples, endpoint))
 
 
@@ -262,7 +288,7 @@ def ask_replies(
         if any(_unfinished(uri)):
             logger.info("replies: some captions have no reply yet; the others are in the journal")
             _drop(uri)
-        with Journal(asking.journal) as journal:
+        with _journal(asking) as journal:
             spent, known = journal.usage(), len(journal)
         limits = _limits(asking, spent)
         block = min(_MOST_ROWS, max(32, rows // (8 * asking.actors)))
@@ -290,7 +316,7 @@ def ask_replies(
         finally:
             if limits is not None:
                 ray.kill(limits)
-            with Journal(asking.journal) as journal:
+            with _journal(asking) as journal:
                 _log_spent(asking.limits, journal.usage(), spent, len(journal) - known)
         _judge(uri, rows, asking.max_no_reply)
         return []
@@ -310,8 +336,7 @@ def drop_unanswered(folder: str) -> int:
     count = sum(1 for _ in _unfinished(replies))
     if not count:
         return 0
-    root = storage.local_path(folder)
-    made = [name for name in AFTER_TRIPLETS if (root / name).exists()]
+    made = [name for name in AFTER_TRIPLETS if storage.any_there(storage.join(folder, name))]
     if made:
         raise StageError(
             f"{count:,} captions have no reply, but asking again would change the triplets that "
@@ -319,8 +344,7 @@ def drop_unanswered(folder: str) -> int:
             "to another --out and write the triplets there, which asks for nothing that it has"
         )
     for name in ("triplets", "rejects/triplets", "replies"):
-        if (root / name).is_dir():
-            remove_folder(root / name)
+        storage.remove_all(storage.join(folder, name))
     return count
 
 
@@ -363,8 +387,18 @@ def _limits(asking: Asking, spent: Usage) -> Any:
     return made.options(max_concurrency=calls).remote(told, spent)
 
 
-def _lease(journal: str) -> TextIO:
-    folder = Path(journal)
+def _journal(asking: Asking) -> Journal:
+    if storage.is_local(asking.journal):
+        return Journal(storage.local_path(asking.journal))
+    return Journal(ObjectFolder(asking.journal))
+
+
+def _sign(asking: Asking) -> TextIO | None:
+    """The file that is locked as long as somebody asks for the journal."""
+    place = asking.signs or asking.journal
+    if not storage.is_local(place):
+        return None
+    folder = storage.local_path(place)
     folder.mkdir(parents=True, exist_ok=True)
     return (folder / ".asking").open("a")
 
@@ -372,10 +406,13 @@ def _lease(journal: str) -> TextIO:
 def _wait_for_others(asking: Asking) -> None:
     """Returns when no actor asks for this journal: after a kill some live on for a moment."""
     until = time.monotonic() + asking.wait_s
-    with _lease(asking.journal) as lease:
+    sign = _sign(asking)
+    if sign is None:
+        return
+    with sign:
         while True:
             try:
-                fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(sign, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 if time.monotonic() > until:
                     raise StageError(
@@ -389,7 +426,7 @@ def _wait_for_others(asking: Asking) -> None:
 
 def _require_columns(sources: Sequence[str]) -> None:
     for source in sources:
-        names = pq.read_schema(source).names
+        names = pq.read_schema(storage.opened(source)).names
         missing = [name for name in CAPTIONS.names if name not in names]
         if missing:
             raise DatasetError(
@@ -408,7 +445,7 @@ def _unfinished(uri: str) -> Iterator[tuple[str, str]]:
 
 
 def _columns(shard: str, *names: str) -> Iterator[tuple[str, ...]]:
-    table = pq.read_table(shard, columns=list(names))
+    table = pq.read_table(storage.opened(shard), columns=list(names))
     yield from zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
@@ -421,9 +458,9 @@ def _drop(uri: str) -> None:
 
     After a kill in between some rows come twice, of which one is kept, but none is missing.
     """
-    shutil.rmtree(run.resume_folder(uri), ignore_errors=True)
+    storage.remove_all(run.resume_folder(uri))
     for shard in storage.list_shards(uri):
-        storage.local_path(shard).unlink()
+        storage.remove(shard)
 
 
 def _judge(uri: str, rows: int, max_no_reply: float) -> None:
@@ -448,6 +485,15 @@ def _judge(uri: str, rows: int, max_no_reply: float) -> None:
             f"replies: {lacking:,} of {rows:,} captions got none, more than the {max_no_reply:.0%} "
             f"allowed, for example: {said}; the same command asks for those again and for no other"
         )
+
+
+def row_of_reply(caption: str, reply: str, fits: Callable[[str], bool]) -> dict[str, str | None]:
+    """The columns that REPLIES adds to CAPTIONS, of a reply in the paper's text form."""
+    found = parse_reply(caption, reply, fits=fits)
+    if isinstance(found, Triplet):
+        texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
+        return {"reply": reply, "status": "ok", **texts}
+    return {"reply": reply, "status": found, "instruction": None, "edited_caption": None}
 
 
 def _log_spent(limits: LimitsConfig, usage: Usage, before: Usage, answered: int) -> None:

@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
@@ -19,9 +18,16 @@ from typing import Any
 import ray
 
 import ip2p_ray
-from ip2p_ray import storage
+from ip2p_ray import lease, storage
 from ip2p_ray.atomic import remove_leftovers
-from ip2p_ray.errors import BudgetError, ConfigError, DatasetError, Ip2pError, StageError
+from ip2p_ray.errors import (
+    BudgetError,
+    ConfigError,
+    DatasetError,
+    Ip2pError,
+    StageError,
+    StorageError,
+)
 from ip2p_ray.report import Report, duration
 from ip2p_ray.schema import recipe
 
@@ -117,7 +123,7 @@ def local_ray(*, workers: int) -> Iterator[None]:
 @contextmanager
 def ray_to_make(uri: str, *, workers: int) -> Iterator[None]:
     """`local_ray` for the block, or nothing where the dataset lies whole already."""
-    if (storage.local_path(uri) / storage.MANIFEST).is_file():
+    if storage.exists(storage.join(uri, storage.MANIFEST)):
         yield
     else:
         with local_ray(workers=workers):
@@ -135,15 +141,23 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: str | Path) -> Iterator[None]:
     """The folder, made if need be, for this process alone while the block runs.
 
-    What killed runs left half-written in it is cleared away first.
+    What killed runs left half-written in it is cleared away first. In a bucket a run that was
+    killed is waited for (`lease.GONE_S`), because nothing but its silence tells that it is gone.
 
     Raises:
         ConfigError: it cannot be made or written to.
         StageError: another process works there.
+        StorageError: object storage refuses.
     """
+    if not storage.is_local(folder):
+        storage.check(folder)
+        with lease.held(storage.join(folder, ".lock")):
+            yield
+        return
+    folder = storage.local_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -179,14 +193,14 @@ def make(
         DatasetError: something made from another origin lies there.
     """
     _check_origin(uri, origin)
-    if (storage.local_path(uri) / storage.MANIFEST).exists():
+    if storage.exists(storage.join(uri, storage.MANIFEST)):
         manifest = storage.require_manifest(uri)
         assert manifest is not None
         logger.info("%s: there already, %s rows", _told(uri, origin), f"{manifest.rows:,}")
         return manifest
-    if not (storage.local_path(uri) / ORIGIN).exists():
+    if not storage.exists(storage.join(uri, ORIGIN)):
         # The dataset was deleted, and with it what these notes say was written.
-        shutil.rmtree(resume_folder(uri), ignore_errors=True)
+        storage.remove_all(resume_folder(uri))
     with _attempt(uri, origin, note_every_s) as seconds:
         reports = build()
         wall_seconds = seconds()
@@ -201,7 +215,7 @@ def make(
             wall_seconds=wall_seconds,
         ),
     )
-    shutil.rmtree(resume_folder(uri), ignore_errors=True)
+    storage.remove_all(resume_folder(uri))
     for report in reports:
         logger.info("%s", report.line())
     if not reports and manifest.wall_seconds > 1.0:
@@ -211,8 +225,8 @@ def make(
 
 def _told(uri: str, origin: Origin) -> str:
     """The dataset's name for people: rejects may have the origin of what they are not in."""
-    path = storage.local_path(uri).absolute()
-    return f"{REJECTED}/{path.name}" if path.parent.name == REJECTED else origin.dataset
+    *_, above, name = ("", *storage.absolute(uri).split("/"))
+    return f"{REJECTED}/{name}" if above == REJECTED else origin.dataset
 
 
 def earlier_seconds(uri: str) -> float:
@@ -233,7 +247,9 @@ def _attempt(uri: str, origin: Origin, every_s: float) -> Iterator[Callable[[], 
 
     def note_now_and_then() -> None:
         while not stop.wait(every_s):
-            with suppress(OSError):  # it is only a note; what matters fails where it is written
+            with suppress(
+                OSError, StorageError
+            ):  # it is only a note; what matters fails where it is written
                 note()
 
     note()
@@ -255,20 +271,19 @@ def _attempts(uri: str) -> list[float]:
 
 def _read_origin(uri: str) -> dict[str, Any]:
     """ORIGIN as it was written, empty where there is none."""
-    path = storage.local_path(uri) / ORIGIN
-    if not path.exists():
+    place = storage.join(uri, ORIGIN)
+    if not storage.exists(place):
         return {}
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(storage.read_bytes(place))
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read: {error}; delete {path.parent}") from error
+        raise DatasetError(f"{place} cannot be read: {error}; delete {uri}") from error
     return found
 
 
 def _check_origin(uri: str, origin: Origin) -> None:
-    folder = storage.local_path(uri)
     found = _read_origin(uri)
-    if not found and (folder / storage.MANIFEST).exists():
+    if not found and storage.exists(storage.join(uri, storage.MANIFEST)):
         manifest = storage.read_manifest(uri)
         found = {**vars(manifest), "digest": manifest.recipe}
     if not found or found.get("digest") == origin.digest:
@@ -280,18 +295,18 @@ def _check_origin(uri: str, origin: Origin) -> None:
         if found.get(part, {}).get(name) != value
     ]
     raise DatasetError(
-        f"{folder} was made differently ({'; '.join(changes) or 'by other code'}): give "
+        f"{uri} was made differently ({'; '.join(changes) or 'by other code'}): give "
         f"another --out, the settings it was made with, or delete it to have it made again"
     )
 
 
-def resume_folder(uri: str) -> Path:
+def resume_folder(uri: str) -> str:
     """Where Ray Data notes which rows of the dataset are written.
 
     Not in the dataset's folder: there it deletes, after a kill, whatever is named as its notes are.
     """
-    path = storage.local_path(uri).absolute()
-    return path.parent / RESUME / path.name
+    parent, _, name = storage.absolute(uri).rpartition("/")
+    return storage.join(parent, RESUME, name)
 
 
 def guarded(name: str, work: Callable[[], object]) -> int:

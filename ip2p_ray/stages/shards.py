@@ -106,7 +106,7 @@ def read_tables(
 def clear(uri: str) -> None:
     """Removes what a killed run left of a dataset that is now being made."""
     for shard in storage.list_shards(uri):
-        storage.local_path(shard).unlink()
+        storage.remove(shard)
 
 
 def require_free(uri: str) -> None:

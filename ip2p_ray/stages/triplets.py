@@ -7,21 +7,21 @@ writes them in actors (`write_triplets`); one at an endpoint is asked by `replie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ip2p_ray import storage
-from ip2p_ray.errors import StageError
+from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.gallery import triplets_page
 from ip2p_ray.places import Places
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
-from ip2p_ray.stages import plan, run
+from ip2p_ray.stages import plan, run, vllm_writer
 from ip2p_ray.stages.captions import Shards
 from ip2p_ray.stages.replies import (
     REPLIES,
@@ -29,10 +29,11 @@ from ip2p_ray.stages.replies import (
     ask_replies,
     fits_openai,
     origin_of,
+    row_of_reply,
     unanswered,
 )
 from ip2p_ray.triplets.quality import Quality, Tally
-from ip2p_ray.triplets.reply import DUPLICATE, Triplet, parse_reply
+from ip2p_ray.triplets.reply import DUPLICATE, Triplet
 from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
 
 _PART_ROWS = 50_000
@@ -66,15 +67,8 @@ class WriteReplies:
         rows = batch.select(CAPTIONS.names).to_pylist()
         replies = self._writer.write([row["caption"] for row in rows], seed=self._seed)
         for row, reply in zip(rows, replies, strict=True):
-            row.update(self._parsed(row["caption"], reply))
+            row.update(row_of_reply(row["caption"], reply, self._fits))
         return pa.Table.from_pylist(rows, schema=REPLIES)
-
-    def _parsed(self, caption: str, reply: str) -> dict[str, str | None]:
-        found = parse_reply(caption, reply, fits=self._fits)
-        if isinstance(found, Triplet):
-            texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
-            return {"reply": reply, "status": "ok", **texts}
-        return {"reply": reply, "status": found}
 
 
 def write_triplets(
@@ -86,10 +80,12 @@ def write_triplets(
     judge: str | None,
     models: Mapping[str, str],
     resources: run.Resources,
+    engine: Literal["transformers", "vllm"] = "transformers",
 ) -> storage.Manifest:
     """The dataset `<folder>/triplets`, with `<folder>/replies` and `<folder>/rejects/triplets`.
 
-    `writer` is the folder of a causal LM. What is too long for the CLIP `judge`, by default
+    `writer` is the folder of a causal LM, and `engine` what runs it (`vllm_writer.chosen`); vLLM
+    knows no judge but OpenAI's. What is too long for the CLIP `judge`, by default
     OpenAI's, is rejected. `models` has the fingerprint of each. The page triplets.html in the
     folder says what the triplets are like.
 
@@ -99,16 +95,19 @@ def write_triplets(
     replies = storage.join(folder, "replies")
     asked = run.Origin(
         dataset="replies",
-        config={"seed": config.seed},
+        config={"seed": config.seed, **({"engine": engine} if engine != "transformers" else {})},
         models={"writer": models["writer"], "judge": models["judge"]},
         sources={"captions": storage.read_manifest(captions).recipe},
     )
-    device = "cuda" if resources.gpus else "cpu"
-    step = plan.Step(
-        callable=WriteReplies,
-        arguments={"writer": writer, "judge": judge, "seed": config.seed, "device": device},
-        resources=resources,
-    )
+    if engine == "vllm" and judge is not None:
+        raise ConfigError(f"vLLM's replies are not judged by {judge}: only by OpenAI's CLIP")
+
+    def step() -> plan.Step | Callable[[Any], Any]:
+        if engine == "vllm":
+            return vllm_writer.step(writer, config.seed, resources)
+        device = "cuda" if resources.gpus else "cpu"
+        arguments = {"writer": writer, "judge": judge, "seed": config.seed, "device": device}
+        return plan.Step(callable=WriteReplies, arguments=arguments, resources=resources)
 
     def write() -> list[Report]:
         plan.stream(
@@ -116,7 +115,7 @@ def write_triplets(
             replies,
             key="caption_key",
             schema=REPLIES,
-            steps=[step],
+            steps=[step()],
             unit="captions",
             rows_per_block=resources.batch_size,
         )
@@ -227,7 +226,7 @@ def _write_rejects(replies: str, rejects: str) -> list[Report]:
 def _clear(uri: str) -> None:
     """Removes what a killed run left of a dataset."""
     for shard in storage.list_shards(uri):
-        storage.local_path(shard).unlink()
+        storage.remove(shard)
 
 
 def _judged(replies: str) -> Iterator[tuple[dict[str, Any], str | None]]:
@@ -252,6 +251,8 @@ def _in_order(replies: str) -> Iterator[dict[str, Any]]:
     bounds = [f"{number * 2**32 // parts:08x}" for number in range(parts)]
     for low, high in zip(bounds, [*bounds[1:], "g"], strict=True):
         within = [("caption_key", ">=", low), ("caption_key", "<", high)]
-        tables = [pq.read_table(shard, schema=REPLIES, filters=within) for shard in shards]
+        tables = [
+            pq.read_table(storage.opened(shard), schema=REPLIES, filters=within) for shard in shards
+        ]
         for batch in pa.concat_tables(tables).sort_by("caption_key").to_batches(_ROWS_AT_ONCE):
             yield from batch.to_pylist()

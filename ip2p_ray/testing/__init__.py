@@ -2,6 +2,7 @@
 
     models     small models with random weights, and kills
     generator  candidates with made-up scores
+    buckets    a server that speaks S3, and a way to it on which requests go wrong
     server     an OpenAI-compatible server that goes wrong on purpose; `python -m ip2p_ray.testing`
 
 Names are imported from here; what needs torch is loaded when it is first asked for.
@@ -13,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ip2p_ray.testing.buckets import FaultyWay, WayFaults, bucket_process
     from ip2p_ray.testing.generator import ScriptedGenerator
     from ip2p_ray.testing.models import (
         PIECES,
@@ -39,7 +41,10 @@ __all__ = [
     "Counts",
     "Faults",
     "FaultyServer",
+    "FaultyWay",
     "ScriptedGenerator",
+    "WayFaults",
+    "bucket_process",
     "edit",
     "faulty_process",
     "killed_at",
@@ -49,12 +54,15 @@ __all__ = [
     "tiny_tokenizer",
 ]
 
-_OF_THE_SERVER = {"Behaviour", "Counts", "Faults", "FaultyServer", "edit", "faulty_process"}
+_MODULES = {
+    **dict.fromkeys(("FaultyWay", "WayFaults", "bucket_process"), "buckets"),
+    "ScriptedGenerator": "generator",
+    **dict.fromkeys(("Behaviour", "Counts", "Faults", "FaultyServer"), "server"),
+    **dict.fromkeys(("edit", "faulty_process"), "server"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "server" if name in _OF_THE_SERVER else "models"
-    module = "generator" if name == "ScriptedGenerator" else module
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'models')}"), name)

@@ -3,7 +3,8 @@
 A journal is a folder; each process that writes has a file of its own in it, and all read all
 files. A record is one line of JSON with a checksum at its end. A file is only ever appended to, and
 a reply counts from the moment it is on disk: whenever a process is killed, at most its last line is
-cut, and no reader takes a cut line for a record.
+cut, and no reader takes a cut line for a record. A journal in a store of objects (`shelf`) is the
+same but for the moment: there a reply counts once it is put, which is done at most every second.
 """
 
 from __future__ import annotations
@@ -13,56 +14,58 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import queue
 import re
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from ip2p_ray.errors import ConfigError, DatasetError
+from ip2p_ray.errors import ConfigError, DatasetError, Ip2pError
 from ip2p_ray.places import Places
 from ip2p_ray.schema import reply_key
 from ip2p_ray.triplets.limits import NOTHING, Usage
 from ip2p_ray.triplets.reply import Reply
+from ip2p_ray.triplets.shelf import FolderShelf, Shelf, Store, StoreShelf
 
 _log = logging.getLogger(__name__)
-
-SUFFIX = ".jsonl"
-"""Of the files of a journal."""
 
 # {"key":"<32 hex digits>", ... ,"checksum":"<16 hex digits>"}, the checksum over all before it
 _KEY_START = b'{"key":"'
 _KEY = slice(len(_KEY_START), len(_KEY_START) + 32)
 _CHECKSUM_START = b',"checksum":"'
 _TAIL = len(_CHECKSUM_START) + 16 + len(b'"}')
-_OFFSET_BITS = 40  # a file of a journal is below a terabyte
+_OFFSET_BITS = 40  # a part of a journal is below a terabyte
 
 
 class Journal:
-    """Replies by key, in a folder that several processes may write to at the same time.
+    """Replies by key, in a folder or store that several processes may write to at the same time.
 
     Thread-safe. In memory are the `Places` of the records. Of two records of one key the later
     holds: by the start of the process that wrote it, then by place.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._files: list[str] = []
+    def __init__(self, place: str | Path | Store) -> None:
+        self._shelf: Shelf = (
+            FolderShelf(Path(place)) if isinstance(place, str | Path) else StoreShelf(place)
+        )
+        self._parts: list[str] = []
         self._numbers: dict[str, int] = {}
-        self._read_up_to: list[int] = []
+        self._read_up_to: dict[str, int] = {}
         self._places = Places()
         self._corrupt = 0
         self._seen = 0
         self._reading = threading.Lock()
-        self._pen = _Pen(self._folder)
+        self._pen = _Pen(self._shelf)
+
+    @property
+    def flush_s(self) -> float:
+        """Seconds that a reply waits at most before it is written; 0 on disk."""
+        return self._shelf.every_s
 
     def __enter__(self) -> Journal:
         return self
@@ -100,8 +103,9 @@ class Journal:
     def usage(self) -> Usage:
         """Tokens of all replies on disk, each of those that were paid for twice included."""
         total = NOTHING
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
-            for _, line in _lines(path, 0):
+        self._refresh()
+        for name in sorted(self._parts):
+            for _, line in self._shelf.lines(name, 0):
                 record = _record(line)
                 # a record with the word of moderation repeats one that came before
                 if record is not None and record["flagged"] is None:
@@ -113,36 +117,26 @@ class Journal:
         self._pen.close()
 
     def _reply(self, place: int) -> Reply | None:
-        file, offset = place >> _OFFSET_BITS, place & ((1 << _OFFSET_BITS) - 1)
-        with (self._folder / self._files[file]).open("rb") as stream:
-            stream.seek(offset)
-            record = _record(stream.readline().rstrip(b"\n"))
+        name, offset = self._parts[place >> _OFFSET_BITS], place & ((1 << _OFFSET_BITS) - 1)
+        record = _record(self._shelf.line(name, offset))
         if record is None:
-            raise DatasetError(
-                f"{self._folder / self._files[file]} was changed: no record at byte {offset}"
-            )
+            raise DatasetError(f"{self._shelf}/{name} was changed: no record at byte {offset}")
         return _reply(record)
 
     def _refresh(self) -> None:
-        """Reads whatever was appended to any file since the last time."""
-        with self._reading, os.scandir(self._folder) as entries:
+        """Reads whatever was appended to any part since the last time."""
+        with self._reading:
             self._seen = self._pen.batches
-            for entry in entries:
-                if not entry.name.endswith(SUFFIX):
-                    continue
-                if entry.name not in self._numbers:
-                    self._numbers[entry.name] = len(self._files)
-                    self._files.append(entry.name)
-                    self._read_up_to.append(0)
-                number = self._numbers[entry.name]
-                if entry.stat().st_size > self._read_up_to[number]:
-                    self._read(number)
+            for name in self._shelf.grown(self._read_up_to):
+                if name not in self._numbers:
+                    self._numbers[name] = len(self._parts)
+                    self._parts.append(name)
+                self._read(name)
 
-    def _read(self, number: int) -> None:
-        path = self._folder / self._files[number]
-        corrupt = 0
-        for offset, line in _lines(path, self._read_up_to[number]):
-            self._read_up_to[number] = offset + len(line) + 1
+    def _read(self, name: str) -> None:
+        number, corrupt = self._numbers[name], 0
+        for offset, line in self._shelf.lines(name, self._read_up_to.get(name, 0)):
+            self._read_up_to[name] = offset + len(line) + 1
             if _is_whole(line):
                 digest = bytes.fromhex(line[_KEY].decode())
                 place = number << _OFFSET_BITS | offset
@@ -152,33 +146,36 @@ class Journal:
                 corrupt += 1
         self._corrupt += corrupt
         if corrupt:
-            _log.warning("%s: %d lines are no records and are left out", path, corrupt)
+            _log.warning(
+                "%s/%s: %d lines are no records and are left out", self._shelf, name, corrupt
+            )
 
     def _is_later(self, place: int, known: int | None) -> bool:
         if known is None:
             return True
         new, old = place >> _OFFSET_BITS, known >> _OFFSET_BITS
-        return place > known if new == old else self._files[new] > self._files[old]
+        return place > known if new == old else self._parts[new] > self._parts[old]
 
 
 class _Pen:
-    """The file of this process, and the thread that appends to it."""
+    """The part of this process, and the thread that appends to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, shelf: Shelf) -> None:
         self.batches = 0
         """That are on disk."""
-        self._folder = folder
+        self._shelf = shelf
         self._lines: queue.SimpleQueue[tuple[bytes, Future[None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._closed = False
+        self._ending = threading.Event()
 
     def write(self, line: bytes) -> Future[None]:
         written: Future[None] = Future()
         written.set_running_or_notify_cancel()  # whoever waits may be cancelled, the line not
         with self._starting:
             if self._closed:
-                raise ConfigError(f"the journal {self._folder} is closed")
+                raise ConfigError(f"the journal {self._shelf} is closed")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
                 self._thread.start()
@@ -191,24 +188,20 @@ class _Pen:
             thread, self._thread = self._thread, None
             if thread is not None:
                 self._lines.put(None)
+                self._ending.set()
         if thread is not None:
             thread.join()
 
     def _run(self) -> None:
-        failure: OSError | None = None
-        with contextlib.ExitStack() as stack:
-            file = -1
+        failure: OSError | Ip2pError | None = None
+        with contextlib.closing(self._shelf):
             for batch in self._batches():
                 try:
                     if failure is None:
-                        if file < 0:
-                            file = _new_file(self._folder)
-                            stack.callback(os.close, file)
-                        _write_all(file, b"".join(line for line, _ in batch))
-                        os.fsync(file)
+                        self._shelf.append(b"".join(line for line, _ in batch))
                         self.batches += 1
-                except OSError as error:
-                    # What stands in the file now is not known: nothing may follow it.
+                except (OSError, Ip2pError) as error:
+                    # What stands there now is not known: nothing may follow it.
                     failure = error
                 for _, written in batch:
                     if failure is None:
@@ -218,8 +211,11 @@ class _Pen:
 
     def _batches(self) -> Iterator[list[tuple[bytes, Future[None]]]]:
         """Whatever has come together meanwhile, until the end."""
+        begun = -self._shelf.every_s
         while True:
             items = [self._lines.get()]
+            self._ending.wait(begun + self._shelf.every_s - time.monotonic())
+            begun = time.monotonic()
             with contextlib.suppress(queue.Empty):
                 while items[-1] is not None:
                     items.append(self._lines.get_nowait())
@@ -258,15 +254,25 @@ class JournalledWriter:
     What was answered once, in this process or another, now or before a crash, is read; callers
     who ask for the same at the same time share one request. A caller that is cancelled leaves its
     request running: the reply is paid for, so it is kept. Belongs to one event loop.
+
+    `turn` bounds the requests in flight. A reply that is on disk in a moment is waited for in its
+    turn, so that no more of them can be lost at once; one that waits for a store's flush is not, or
+    the turns would be spent on waiting.
     """
 
-    def __init__(self, writer: Writer, journal: Journal) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        journal: Journal,
+        turn: AbstractAsyncContextManager[object] | None = None,
+    ) -> None:
         self.asked = 0
         """Replies that were asked for."""
         self.found = 0
         """Replies that were on disk already."""
         self._writer = writer
         self._journal = journal
+        self._turn = turn or contextlib.nullcontext()
         self._in_flight: dict[str, asyncio.Task[Reply]] = {}
 
     async def write(self, caption: str) -> Reply:
@@ -284,17 +290,29 @@ class JournalledWriter:
         await asyncio.gather(*self._in_flight.values(), return_exceptions=True)
 
     async def _answer(self, key: str, caption: str) -> Reply:
-        reply = await asyncio.to_thread(self._journal.get, key)
-        if reply is None:
-            self.asked += 1
-            reply = await self._writer.write(caption)
-            await asyncio.wrap_future(self._journal.submit(key, reply))
-        else:
-            self.found += 1
-        moderated = await self._writer.moderate(caption, reply)
-        if moderated != reply:
-            await asyncio.wrap_future(self._journal.submit(key, moderated))
+        unkept: list[Future[None]] = []
+        async with self._turn:
+            reply = await asyncio.to_thread(self._journal.get, key)
+            if reply is None:
+                self.asked += 1
+                reply = await self._writer.write(caption)
+                unkept += await self._keep(key, reply)
+            else:
+                self.found += 1
+            moderated = await self._writer.moderate(caption, reply)
+            if moderated != reply:
+                unkept += await self._keep(key, moderated)
+        for kept in unkept:
+            await asyncio.wrap_future(kept)
         return moderated
+
+    async def _keep(self, key: str, reply: Reply) -> list[Future[None]]:
+        """What is left to be waited for."""
+        kept = self._journal.submit(key, reply)
+        if self._journal.flush_s:
+            return [kept]
+        await asyncio.wrap_future(kept)
+        return []
 
     def _landed(self, key: str, task: asyncio.Task[Reply]) -> None:
         del self._in_flight[key]
@@ -329,41 +347,3 @@ def _checksum(body: bytes) -> bytes:
 
 def _reply(record: dict[str, Any]) -> Reply:
     return Reply(**{name: record[name] for name in Reply.__dataclass_fields__})
-
-
-class _Line(NamedTuple):
-    """A whole line and the byte at which it starts."""
-
-    offset: int
-    line: bytes
-
-
-def _lines(path: Path, start: int) -> Iterator[_Line]:
-    """Each line from byte `start` on, without its newline; one that lacks it is left out."""
-    with path.open("rb") as stream:
-        stream.seek(start)
-        offset = start
-        for line in stream:
-            if not line.endswith(b"\n"):
-                return
-            yield _Line(offset, line[:-1])
-            offset += len(line)
-
-
-def _new_file(folder: Path) -> int:
-    """A new file of the folder, named so that later ones sort later, and the folder on disk."""
-    host = re.sub(r"\W", "-", socket.gethostname())[:40]
-    name = f"{time.time_ns():020d}-{host}-{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    file = os.open(folder / name, flags, 0o644)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    return file
-
-
-def _write_all(file: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(file, data) :]

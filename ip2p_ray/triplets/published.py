@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ip2p_ray import files
@@ -35,7 +34,7 @@ EDITED_CAPTION_COLUMNS = ("edited_caption", "output", "edited_prompt", "output_t
 class TripletFiles:
     """Rows with the three texts and "source" of many files; can be iterated again and again."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[files.File, ...]
     """Files, or folders of them, of the kinds that `files` reads."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -44,7 +43,7 @@ class TripletFiles:
                 yield {**texts_of(row, names), "source": path.name}
 
 
-def columns_of(path: Path) -> tuple[str, str, str]:
+def columns_of(path: files.File) -> tuple[str, str, str]:
     """The columns of a file that hold caption, instruction and edited caption.
 
     Raises:

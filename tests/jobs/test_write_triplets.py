@@ -1,6 +1,7 @@
 """The job as people run it: its flags, its sentences, and kill -9 at any moment."""
 
 import contextlib
+import json
 import logging
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.miniature.scores import random_captions
+from ip2p_ray.objects import ObjectFolder, is_object
 from ip2p_ray.schema import REJECTS, TRIPLETS, caption_key, reply_key, triplet_key
 from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit
@@ -31,7 +34,9 @@ JOB = ROOT / "jobs" / "write_triplets.py"
 FLAGS = {
     "--captions",
     "--out",
+    "--journal",
     "--writer",
+    "--engine",
     "--model",
     "--base-url",
     "--api-key-env",
@@ -96,7 +101,8 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path):
     for arguments, told in (
         ([], "--captions"),
         (["--captions", "c"], "--model names a model"),
-        (["--captions", "s3://b/c", "--model", "m"], "only local datasets"),
+        (["--captions", "ftp://b/c", "--model", "m"], "--captions ftp://b/c: a folder here or"),
+        (["--captions", "c", "--model", "m", "--journal", "ftp://a"], "a folder here or s3://"),
         (["--captions", "c", "--model", "m", "--base-url", "host"], "--base-url is like"),
         (["--captions", "c", "--model", "m", "--max-usd", "5"], "--usd-per-million"),
         (["--captions", "c", "--model", "m", "--concurrency", "0"], "--concurrency is at least 1"),
@@ -110,7 +116,7 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(captions, tmp_path):
+def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(bucket, captions, tmp_path):
     out = tmp_path / "out"
     with FaultyServer() as server:
         usual = {"--captions": captions, "--out": out, "--model": "fake", "--shots": 0}
@@ -120,6 +126,7 @@ def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(captions, tmp
             ({"--model": "other"}, "has no model 'other'; it has fake"),
             ({"--base-url": "http://127.0.0.1:9/v1"}, "cannot be reached"),
             ({"--base-url": "http://127.0.0.1:9/v1", "--captions": tmp_path}, "no manifest"),
+            ({"--journal": "s3://test-none/journal"}, "there is no bucket test-none at http://"),
         ):
             flags = [part for flag in {**usual, **changes}.items() for part in flag]
             done = run_job(*flags)
@@ -134,6 +141,20 @@ def test_an_endpoint_needs_no_torch_here():
     code = "import sys, ip2p_ray.stages.triplets; print({'torch', 'diffusers'} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert told.stdout == "set()\n", told.stderr
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_that_is_not_there_is_told(captions, tmp_path):
+    flags = ["--captions", captions, "--out", tmp_path / "out", "--writer", "local"]
+    for more, told in (
+        (["--model", tmp_path, "--gpus", "1"], "vLLM is not installed; pip install"),
+        (["--model", tmp_path, "--gpus", "0.5"], "vLLM needs whole GPUs for each engine"),
+        ([], "vLLM needs a model"),
+    ):
+        done = run_job(*flags, "--engine", "vllm", *more)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"write_triplets: {told}")
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.ray
@@ -175,13 +196,14 @@ class Runs:
 
     IN_FLIGHT = 16
 
-    def __init__(self, server, folder, captions, address):
-        self.server, self.folder, self.captions = server, folder, captions
-        collect_captions(captions, str(folder / "captions"), config={})
-        self._flags = ["--captions", folder / "captions", "--out", folder, "--model", "fake"]
+    def __init__(self, server, folder, captions, address, journal=None):
+        self.server, self.folder, self.captions = server, str(folder), captions
+        self.journal = journal or f"{folder}/journal"
+        collect_captions(captions, f"{folder}/captions", config={})
+        self._flags = ["--captions", f"{folder}/captions", "--out", folder, "--model", "fake"]
         self._flags += ["--base-url", server.url, "--api-key-env", "none", "--shots", "0"]
         self._flags += ["--actors", "2", "--concurrency", str(self.IN_FLIGHT // 2)]
-        self._flags += ["--attempts", "30"]
+        self._flags += ["--attempts", "30", *(["--journal", journal] if journal else [])]
         self._address = address
         self._job = None
         self._before = Counter()
@@ -191,8 +213,8 @@ class Runs:
         self.end()
         done = run_job(*self._flags, RAY_ADDRESS=self._address)
         assert done.returncode == 0, done.stderr
-        triplets = storage.read_dataset(str(self.folder / "triplets"), TRIPLETS).to_pylist()
-        rejects = storage.read_dataset(str(self.folder / "rejects/triplets"), REJECTS).to_pylist()
+        triplets = storage.read_dataset(f"{self.folder}/triplets", TRIPLETS).to_pylist()
+        rejects = storage.read_dataset(f"{self.folder}/rejects/triplets", REJECTS).to_pylist()
         keys = [row["triplet_key"] for row in triplets]
         assert len(keys) == len(set(keys))
         return set(keys), {row["key"]: row["reason"] for row in rejects}
@@ -233,9 +255,9 @@ class Runs:
                 time.sleep(0.05)
 
     def kept(self):
-        """Captions whose reply is on disk."""
+        """Captions whose reply is in the journal."""
         recipe = writer_recipe(WriterConfig(model="fake", shots=0), [])
-        journal = Journal(self.folder / "journal")
+        journal = Journal(ObjectFolder(self.journal) if is_object(self.journal) else self.journal)
         keys = {caption: reply_key(caption, "fake", recipe) for caption in self.captions}
         return {caption for caption, key in keys.items() if journal.get(key) is not None}
 
@@ -322,3 +344,33 @@ def test_kills_change_nothing_and_no_kept_reply_is_paid_for_again(tmp_path, addr
         lost.total(),
         again.total(),
     )
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("everything", [False, True], ids=["journal", "all"])
+@pytest.mark.timeout(1800)
+def test_kills_cost_a_journal_in_a_bucket_only_what_was_not_yet_put(
+    bucket, tmp_path, address, monkeypatch, everything
+):
+    # As `ray job submit --runtime-env-json` hands them to the processes of a Ray that is there.
+    told = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    monkeypatch.setenv(
+        "RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"env_vars": told}})
+    )
+    texts = [f"a red boat {number}" for number in range(150)]
+    behaviour = Behaviour(seed=3, faults=Faults.evenly(0.2), delay_s=0.3, retry_after_s=0.01)
+    folder = f"{bucket}/run" if everything else tmp_path / "run"
+    with FaultyServer(behaviour) as server:
+        runs = Runs(server, folder, texts, address, f"{bucket}/run/journal")
+        lost = runs.killed("driver", 50, 0.4)
+        keys, reasons = runs.to_the_end()
+        assert len(keys) + len(reasons) == len(texts)
+        assert server.counts.paid == Counter(texts) + lost
+        assert runs.kept() == set(texts)
+        asked = server.counts.requests.copy()
+        assert runs.to_the_end() == (keys, reasons)
+        assert server.counts.requests == asked
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert "journal" not in left
+    assert ("triplets" in left) is not everything
+    logger.info("%d replies were asked for again", lost.total())

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ray.train
@@ -83,7 +84,7 @@ def test_an_unreadable_origin_names_its_file(tmp_path):
 
 def test_notes_of_a_deleted_dataset_are_forgotten(tmp_path):
     uri = str(tmp_path / "pairs")
-    notes = run.resume_folder(uri)
+    notes = Path(run.resume_folder(uri))
     notes.mkdir(parents=True)
     seen = []
     run.make(uri, ORIGIN, lambda: seen.append(notes.exists()) or [])

@@ -1,0 +1,383 @@
+"""Objects of a bucket at whatever speaks S3: AWS, MinIO, Ceph and the like.
+
+An object is seen from the moment its upload is complete, and is whole then; so a kill leaves none
+that is cut. Endpoint, region and credentials are where boto3 looks for them: AWS_ENDPOINT_URL or
+AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID and the like, AWS_PROFILE, the pod's role. Of an
+endpoint that is named the path style of addresses is used. Whole objects go through boto3; files
+that are read by parts go through Arrow, which looks in the same places.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, BinaryIO, NamedTuple
+
+import boto3
+import boto3.exceptions
+import botocore.config
+import botocore.exceptions
+import pyarrow.fs
+from boto3.s3.transfer import TransferConfig
+
+from ip2p_ray.errors import ConfigError, DatasetError, StorageError
+
+SCHEME = "s3://"
+
+ATTEMPTS = 10
+"""Of each request, with jittered pauses of up to 20 s between them; AWS_MAX_ATTEMPTS is another."""
+
+_PART_BYTES = 16 << 20
+_DELETE = 1000  # the most that one request may name
+_MISSING = {"NoSuchKey", "404", "NotFound"}
+_CONDITION_FAILED = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
+_UNREACHABLE = (
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.IncompleteReadError,
+)
+
+
+class Found(NamedTuple):
+    """An object below a URI."""
+
+    name: str
+    """What follows the URI and its slash."""
+    bytes: int
+
+
+def is_object(uri: object) -> bool:
+    """Whether it names something in a bucket."""
+    return isinstance(uri, str) and uri.startswith(SCHEME)
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key of s3://bucket/key; the key may be empty.
+
+    Raises:
+        ConfigError: it names no bucket.
+    """
+    bucket, _, key = uri.removeprefix(SCHEME).partition("/")
+    if not is_object(uri) or not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}", bucket):
+        raise ConfigError(f"{uri} names no bucket: give s3://bucket/folder")
+    return bucket, key.strip("/")
+
+
+def check(uri: str) -> None:
+    """Returns if the bucket can be listed; soon, so that no job begins in vain.
+
+    Raises:
+        StorageError: no such bucket, no right to it, or nobody there; says which.
+    """
+    bucket, key = split(uri)
+    with _told(uri):
+        _client(_settings(), 3).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+
+
+def read(uri: str, start: int = 0) -> bytes:
+    """The object from byte `start` on, which is before its end.
+
+    Raises:
+        DatasetError: there is no such object.
+        StorageError: it cannot be read.
+    """
+    bucket, key = split(uri)
+    part = {"Range": f"bytes={start}-"} if start else {}
+    for attempt in range(ATTEMPTS):
+        with _told(uri):
+            answer = _s3().get_object(Bucket=bucket, Key=key, **part)
+            try:
+                data: bytes = answer["Body"].read()
+            except _UNREACHABLE:  # boto3 repeats only what fails before the first byte
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                time.sleep(min(0.05 * 2**attempt, 5.0))
+            else:
+                return data
+    raise AssertionError("the last attempt returns or raises")
+
+
+def write(uri: str, data: bytes) -> None:
+    """The object, whole once this returns; one that was there is replaced at that moment.
+
+    Raises:
+        StorageError: it cannot be written; what was there before is there still.
+    """
+    bucket, key = split(uri)
+    with _told(uri):
+        if len(data) <= _PART_BYTES:
+            _s3().put_object(Bucket=bucket, Key=key, Body=data)
+            return
+        # by parts, which no one sees before all of them have come
+        parts = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES)
+        _s3().upload_fileobj(io.BytesIO(data), bucket, key, Config=parts)
+
+
+def write_if(uri: str, data: bytes, expected: str | None) -> str | None:
+    """The tag of the object, written only if the one there has the tag `expected` (None: if none).
+
+    None if it was not written, because another lies there or none does.
+    """
+    bucket, key = split(uri)
+    condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
+    with _told(uri):
+        try:
+            answer = _s3().put_object(Bucket=bucket, Key=key, Body=data, **condition)
+        except botocore.exceptions.ClientError as error:
+            if _code(error) in _CONDITION_FAILED | _MISSING:
+                return None
+            raise
+    return str(answer["ETag"])
+
+
+def tag(uri: str) -> str | None:
+    """What changes whenever the object does; None if there is none."""
+    item = _item(uri)
+    return None if item is None else str(item["ETag"])
+
+
+def size(uri: str) -> int | None:
+    """The length of the object; None if there is none."""
+    item = _item(uri)
+    return None if item is None else int(item["Size"])
+
+
+def remove(uris: Iterable[str]) -> None:
+    """Deletes objects of one bucket; those that are gone already do not matter."""
+    batch: list[str] = []
+    for uri in uris:
+        batch.append(uri)
+        if len(batch) == _DELETE:
+            _remove(batch)
+            batch = []
+    if batch:
+        _remove(batch)
+
+
+def remove_below(uri: str) -> None:
+    """Deletes all objects below a URI."""
+    base = uri.rstrip("/")
+    remove(f"{base}/{found.name}" for found in listing(uri))
+
+
+def listing(uri: str) -> Iterator[Found]:
+    """The objects below a URI in the order of their keys; a page of 1000 is in memory."""
+    bucket, key = split(uri)
+    prefix = f"{key}/" if key else ""
+    with _told(uri):
+        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        for page in pages:
+            for item in page.get("Contents", ()):
+                name = item["Key"].removeprefix(prefix)
+                if name and not name.endswith("/"):  # what consoles make for an empty folder
+                    yield Found(name, int(item["Size"]))
+
+
+class ObjectFile:
+    """An object as a file that can be opened for reading, again and again."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self.name = uri.rpartition("/")[2]
+        """The last part of its key."""
+
+    def __str__(self) -> str:
+        return self._uri
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """A stream that reads by parts and can seek.
+
+        Raises:
+            DatasetError: there is no such object.
+            StorageError: it cannot be read.
+        """
+        if mode != "rb":
+            raise ConfigError(f"an object is opened as rb, got {mode}")
+        stream: Any = opened(self._uri)
+        return stream
+
+
+class ObjectFolder:
+    """The objects below a URI, as `triplets.journal` keeps records in them."""
+
+    def __init__(self, uri: str) -> None:
+        split(uri)
+        self._uri = uri.rstrip("/")
+
+    def __str__(self) -> str:
+        return self._uri
+
+    def list(self) -> Iterator[Found]:
+        """Name and length of each."""
+        return listing(self._uri)
+
+    def read(self, name: str, start: int) -> bytes:
+        """One of them, from a byte on."""
+        return read(f"{self._uri}/{name}", start)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Returns once it is there, whole."""
+        write(f"{self._uri}/{name}", data)
+
+
+def opened(uri: str) -> pyarrow.NativeFile:
+    """The object as a file that Arrow reads by parts.
+
+    Raises:
+        DatasetError: there is no such object.
+        StorageError: it cannot be read.
+    """
+    system, path = filesystem(uri)
+    try:
+        return system.open_input_file(path)
+    except OSError as error:
+        # Arrow's text names no reason that could be told apart; boto3 meets the same one.
+        bucket, key = split(uri)
+        with _told(uri):
+            _s3().get_object(Bucket=bucket, Key=key)["Body"].close()
+        raise StorageError(f"{uri} cannot be read: {error}") from error
+
+
+def filesystem(uri: str) -> tuple[pyarrow.fs.S3FileSystem, str]:
+    """Arrow's file system for a URI, and the path in it."""
+    bucket, key = split(uri)
+    return _arrow(_settings(), bucket), f"{bucket}/{key}" if key else bucket
+
+
+def _item(uri: str) -> dict[str, Any] | None:
+    """What the listing says of the object."""
+    bucket, key = split(uri)
+    with _told(uri):  # a refused HEAD would not say why it is
+        answer = _s3().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+    return next((item for item in answer.get("Contents", ()) if item["Key"] == key), None)
+
+
+def _remove(uris: list[str]) -> None:
+    bucket, _ = split(uris[0])
+    keys = [{"Key": split(uri)[1]} for uri in uris]
+    with _told(uris[0]):
+        answer = _s3().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+    for failed in answer.get("Errors", ())[:1]:
+        raise StorageError(
+            f"{SCHEME}{bucket}/{failed['Key']} cannot be deleted: {failed.get('Message')}"
+        )
+
+
+def _settings() -> tuple[tuple[str, str], ...]:
+    """All that changes who is asked and as whom: other settings, another client."""
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+
+
+def _s3() -> Any:
+    return _client(_settings(), ATTEMPTS)
+
+
+@lru_cache(maxsize=8)
+def _client(settings: tuple[tuple[str, str], ...], attempts: int) -> Any:
+    told = dict(settings)
+    options: dict[str, Any] = {}
+    if "AWS_MAX_ATTEMPTS" not in told:
+        options["retries"] = {"total_max_attempts": attempts, "mode": "standard"}
+    if _endpoint_told(told) and "AWS_REQUEST_CHECKSUM_CALCULATION" not in told:
+        # Not every server that speaks S3 knows the checksums that AWS has added.
+        options["request_checksum_calculation"] = "when_required"
+    config = botocore.config.Config(
+        connect_timeout=10, read_timeout=60, max_pool_connections=32, **options
+    )
+    region = told.get("AWS_REGION")  # boto3 itself reads only AWS_DEFAULT_REGION
+    try:
+        return boto3.session.Session(region_name=region).client("s3", config=config)
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise ConfigError(f"object storage is not set up: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _arrow(settings: tuple[tuple[str, str], ...], bucket: str) -> pyarrow.fs.S3FileSystem:
+    client = _client(settings, ATTEMPTS)
+    told = dict(settings)
+    attempts = int(told.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
+    options: dict[str, Any] = {"region": client.meta.region_name}
+    endpoint = str(client.meta.endpoint_url)
+    if not endpoint.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        scheme, _, host = endpoint.partition("://")
+        options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme}
+    else:
+        with _told(f"{SCHEME}{bucket}"):
+            # Arrow does not follow a bucket into its region.
+            found = client.head_bucket(Bucket=bucket)
+            options["region"] = found.get("BucketRegion") or client.meta.region_name
+    retry = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=attempts)
+    return pyarrow.fs.S3FileSystem(retry_strategy=retry, connect_timeout=10, **options)
+
+
+def _endpoint_told(settings: dict[str, str]) -> bool:
+    return any(name in settings for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"))
+
+
+def _code(error: botocore.exceptions.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+_REFUSALS = {
+    **dict.fromkeys(
+        ("AccessDenied", "403", "Forbidden", "AllAccessDisabled", "AccountProblem"),
+        "access is denied: the credentials in use have no right to it",
+    ),
+    **dict.fromkeys(
+        ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthFailure"),
+        "the credentials are refused; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+        "AWS_SESSION_TOKEN",
+    ),
+    **dict.fromkeys(
+        ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"),
+        "the credentials have expired; renew them and run the same command again",
+    ),
+    **dict.fromkeys(
+        ("PermanentRedirect", "AuthorizationHeaderMalformed", "301"),
+        "the bucket lies in another region; set AWS_REGION to it",
+    ),
+    **dict.fromkeys(
+        ("SlowDown", "ServiceUnavailable", "503", "RequestLimitExceeded", "ThrottlingException"),
+        "the store kept answering that it is overloaded; run the same command again later",
+    ),
+}
+
+
+@contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """What boto3 raises as one sentence of this package's."""
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        code = _code(error)
+        if code in _MISSING:
+            raise DatasetError(f"{uri} cannot be read: there is no such object") from error
+        if code == "NoSuchBucket":
+            bucket, _ = split(uri)
+            raise StorageError(f"{uri}: there is no bucket {bucket} at {_where()}") from error
+        reason = _REFUSALS.get(code)
+        if reason is None:
+            message = error.response.get("Error", {}).get("Message", "")
+            reason = f"{error.operation_name} failed: {code} {message}".strip()
+        raise StorageError(f"{uri}: {reason}") from error
+    except botocore.exceptions.NoCredentialsError as error:
+        raise ConfigError(
+            f"{uri}: there are no credentials for object storage; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role"
+        ) from error
+    except _UNREACHABLE as error:
+        raise StorageError(
+            f"{uri}: the object storage at {_where()} cannot be reached, or hangs up "
+            f"({type(error).__name__}); check AWS_ENDPOINT_URL and the network"
+        ) from error
+    except (botocore.exceptions.BotoCoreError, boto3.exceptions.Boto3Error) as error:
+        raise StorageError(f"{uri}: {error}") from error
+
+
+def _where() -> str:
+    return str(_client(_settings(), ATTEMPTS).meta.endpoint_url)

@@ -1,0 +1,236 @@
+"""Objects against a server that speaks S3, and against what goes wrong on the way to it."""
+
+import gzip
+import os
+import subprocess
+import sys
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ip2p_ray import objects, storage
+from ip2p_ray.errors import ConfigError, DatasetError, StorageError
+from ip2p_ray.schema import CAPTIONS
+from ip2p_ray.testing import FaultyWay, WayFaults
+
+ROWS = [{"caption_key": f"k{n}", "caption": f"caption {n}", "url": None} for n in range(5)]
+TABLE = pa.Table.from_pylist(ROWS, schema=CAPTIONS)
+
+
+@pytest.fixture
+def faulty(bucket, bucket_endpoint, monkeypatch):
+    """A way to the bucket on which a quarter of the requests goes wrong."""
+    faults = WayFaults(slow_down=0.08, hang_up=0.06, lost=0.05, cut=0.06)
+    with FaultyWay(bucket_endpoint, faults) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        yield way
+
+
+def test_what_is_written_is_read_replaced_listed_and_deleted(bucket):
+    uri = f"{bucket}/some/folder"
+    assert objects.size(f"{uri}/a") is None
+    objects.write(f"{uri}/a", b"first")
+    objects.write(f"{uri}/a", b"second")
+    objects.write(f"{uri}/b/c", b"")
+    objects.write(f"{bucket}/some/folder-2", b"no part of it")
+    assert objects.read(f"{uri}/a") == b"second"
+    assert objects.read(f"{uri}/a", 2) == b"cond"
+    assert objects.size(f"{uri}/a") == 6
+    assert objects.size(uri) is None
+    assert list(objects.listing(f"{uri}/")) == [("a", 6), ("b/c", 0)]
+    objects.remove([f"{uri}/a", f"{uri}/never"])
+    assert list(objects.listing(uri)) == [("b/c", 0)]
+    objects.remove_below(uri)
+    assert list(objects.listing(bucket)) == [("some/folder-2", 13)]
+    with pytest.raises(DatasetError, match=f"{uri}/a cannot be read: there is no such object"):
+        objects.read(f"{uri}/a")
+
+
+def test_a_large_object_comes_in_parts(bucket):
+    data = os.urandom(40 << 20)
+    objects.write(f"{bucket}/large", data)
+    assert objects.read(f"{bucket}/large") == data
+    name, key = objects.split(f"{bucket}/large")
+    etag = boto3.client("s3").head_object(Bucket=name, Key=key)["ETag"]
+    assert etag.endswith('-3"')
+
+
+@pytest.mark.slow
+def test_a_listing_and_a_deletion_come_in_pages(bucket):
+    for number in range(1005):
+        objects.write(f"{bucket}/many/{number:04d}", b"")
+    assert [found.name for found in objects.listing(f"{bucket}/many")] == [
+        f"{number:04d}" for number in range(1005)
+    ]
+    objects.remove_below(f"{bucket}/many")
+    assert list(objects.listing(f"{bucket}/many")) == []
+
+
+def test_faults_on_the_way_are_met_by_another_attempt(faulty, bucket):
+    data = {f"{number:02d}": os.urandom(5000 * number) for number in range(10)}
+    for name, content in data.items():
+        objects.write(f"{bucket}/few/{name}", content)
+    assert [found.name for found in objects.listing(f"{bucket}/few")] == list(data)
+    for name, content in data.items():
+        assert objects.read(f"{bucket}/few/{name}") == content
+        assert objects.opened(f"{bucket}/few/{name}").read() == content
+    assert min(faulty.counts[kind] for kind in ("slow_down", "hang_up", "cut")) > 0
+
+
+def test_a_dataset_lies_in_a_bucket_as_it_does_in_a_folder(bucket):
+    uri = f"{bucket}/run/captions"
+    storage.write_shard(uri, "captions-00001", TABLE.slice(3))
+    storage.write_shard(uri, "captions-00000", TABLE.slice(0, 3))
+    with pytest.raises(DatasetError, match="is not whole: it has no manifest"):
+        storage.read_dataset(uri, CAPTIONS)
+    assert storage.require_manifest(uri, allow_incomplete=True) is None
+    with pytest.raises(DatasetError, match="does not exist"):
+        storage.require_manifest(f"{bucket}/run/other", allow_incomplete=True)
+    made = storage.write_manifest(uri, storage.Manifest(dataset="captions"))
+    assert [shard.rows for shard in made.shards] == [3, 2]
+    assert storage.require_manifest(uri) == storage.read_manifest(uri)
+    assert storage.read_manifest(uri).shards == made.shards
+    assert storage.list_shards(uri) == [f"{uri}/captions-0000{n}.parquet" for n in range(2)]
+    assert storage.read_dataset(uri, CAPTIONS).to_pylist() == ROWS
+    storage.write_bytes(f"{uri}/captions-00001.parquet", b"PAR1")
+    with pytest.raises(DatasetError, match=r"captions-00001\.parquet is missing or changed"):
+        storage.read_dataset(uri, CAPTIONS)
+    with pytest.raises(DatasetError, match=r"captions-00001\.parquet is no whole Parquet file"):
+        storage.write_manifest(uri, made)
+    assert storage.read_manifest(uri).shards == made.shards
+    storage.remove(f"{uri}/captions-00001.parquet")
+    assert storage.exists(f"{uri}/{storage.MANIFEST}")
+    storage.remove_all(uri)
+    assert not storage.exists(f"{uri}/{storage.MANIFEST}")
+
+
+def test_a_dataset_survives_faults_on_the_way(faulty, bucket):
+    uri = f"{bucket}/captions"
+    for number in range(3):
+        storage.write_shard(uri, f"captions-{number:05d}", TABLE)
+    storage.write_manifest(uri, storage.Manifest(dataset="captions"))
+    assert storage.read_dataset(uri, CAPTIONS).to_pylist() == 3 * ROWS
+    assert faulty.counts["slow_down"] + faulty.counts["cut"] + faulty.counts["hang_up"] > 0
+
+
+KILLED = """
+import os, sys
+from ip2p_ray import objects
+uri = sys.argv[1]
+print("ready", flush=True)
+while True:
+    for byte in (b"a", b"b"):
+        objects.write(uri, byte * (20 << 20))
+"""
+
+
+@pytest.mark.parametrize("pause", [0.05, 0.3])
+def test_a_killed_upload_leaves_the_object_that_was_there(bucket, pause):
+    uri = f"{bucket}/large"
+    objects.write(uri, b"b" * (20 << 20))
+    command = [sys.executable, "-c", KILLED, uri]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(pause)
+        process.kill()
+    found = objects.read(uri)
+    assert len(found) == 20 << 20
+    assert found in (b"a" * (20 << 20), b"b" * (20 << 20))
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "told"),
+    [
+        ("AccessDenied", 403, "access is denied: the credentials in use have no right to it"),
+        ("ExpiredToken", 400, "the credentials have expired; renew them"),
+        ("InvalidAccessKeyId", 403, "the credentials are refused; check AWS_ACCESS_KEY_ID"),
+        ("SignatureDoesNotMatch", 403, "the credentials are refused; check AWS_ACCESS_KEY_ID"),
+        ("SlowDown", 503, "the store kept answering that it is overloaded"),
+        ("Odd", 400, "failed: Odd as it was told"),
+    ],
+)
+def test_what_a_server_refuses_is_one_sentence(bucket, monkeypatch, code, status, told):
+    with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=(status, code))) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+        for ask in (
+            lambda: objects.check(bucket),
+            lambda: objects.read(f"{bucket}/a"),
+            lambda: objects.write(f"{bucket}/a", b"a"),
+            lambda: objects.size(f"{bucket}/a"),
+            lambda: list(objects.listing(bucket)),
+            lambda: objects.remove([f"{bucket}/a"]),
+            lambda: objects.opened(f"{bucket}/a"),
+            lambda: storage.read_dataset(bucket, CAPTIONS),
+            lambda: storage.write_shard(bucket, "a", TABLE),
+        ):
+            with pytest.raises(StorageError, match=told) as raised:
+                ask()
+            assert str(raised.value).startswith(bucket)
+            assert "\n" not in str(raised.value)
+
+
+def test_a_wrong_bucket_is_told(bucket):
+    for ask in (
+        objects.check,
+        lambda uri: objects.write(f"{uri}/a", b"a"),
+        lambda uri: objects.read(f"{uri}/a"),
+        lambda uri: objects.size(f"{uri}/a"),
+        lambda uri: objects.opened(f"{uri}/a"),
+        lambda uri: storage.read_dataset(uri, CAPTIONS),
+    ):
+        with pytest.raises(StorageError, match=r"there is no bucket test-none at http://127"):
+            ask("s3://test-none/folder")
+    for uri in ("s3://", "s3:///key", "s3://b$/key"):
+        with pytest.raises(ConfigError, match="names no bucket: give s3://bucket/folder"):
+            objects.check(uri)
+
+
+def test_a_server_that_is_not_there_is_told(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for ask in (objects.check, objects.opened, lambda uri: objects.write(uri, b"")):
+        with pytest.raises(StorageError, match=r"at http://127\.0\.0\.1:9 cannot be reached"):
+            ask(f"{bucket}/a")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nothing")
+    with pytest.raises(ConfigError, match="object storage is not set up: Invalid endpoint"):
+        objects.check(bucket)
+
+
+def test_missing_credentials_are_told(bucket, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(ConfigError, match="there are no credentials for object storage; set AWS_"):
+        objects.check(bucket)
+
+
+def test_an_object_reads_as_a_file(bucket):
+    objects.write(f"{bucket}/folder/a.txt.gz", gzip.compress(b"a cat\na dog\n"))
+    file = objects.ObjectFile(f"{bucket}/folder/a.txt.gz")
+    assert (file.name, str(file)) == ("a.txt.gz", f"{bucket}/folder/a.txt.gz")
+    for _ in range(2):
+        with file.open() as stream, gzip.open(stream, "rt") as text:
+            assert text.read() == "a cat\na dog\n"
+    with pytest.raises(DatasetError, match="there is no such object"):
+        objects.ObjectFile(f"{bucket}/folder/b").open()
+    with pytest.raises(ConfigError, match="opened as rb, got w"):
+        file.open("w")
+
+
+def test_shards_are_plain_parquet_for_others(bucket):
+    storage.write_shard(bucket, "part/a", TABLE)
+    system, path = objects.filesystem(bucket)
+    assert pq.read_table(f"{path}/part/a.parquet", filesystem=system).num_rows == 5
+    assert storage.list_shards(bucket) == [f"{bucket}/part/a.parquet"]
+
+
+def test_uris():
+    assert objects.split("s3://bucket/a/b/") == ("bucket", "a/b")
+    assert objects.split("s3://bucket") == ("bucket", "")
+    assert objects.is_object("s3://bucket/a")
+    assert not objects.is_object("some/folder")
+    assert storage.absolute("s3://bucket/a/") == "s3://bucket/a"
+    assert storage.absolute("file:///data/a") == "/data/a"
