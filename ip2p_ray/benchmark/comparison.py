@@ -113,7 +113,8 @@ def table(measured: Mapping[str, Measured]) -> str:
             f"{name:16} {one.device_s:9.1f} {_number(seconds, 8, 3)} "
             f"{_ratio(full.device_s_per_accepted_pair, seconds)} {_number(rows, 9, 0)} "
             f"{_ratio(full.unet_rows_per_accepted_pair, rows)} "
-            f"{one.candidates:6d} {one.pruned:6d} {one.never_made:6d} {one.pairs:6d} {one.sources:7d} "
+            f"{one.candidates:6d} {one.pruned:6d} {one.never_made:6d} "
+            f"{one.pairs:6d} {one.sources:7d} "
             f"{_share(one.false_reject_rate, 10)} {_share(one.lost_pairs, 10)} "
             f"{_share(one.lost_triplets, 11)}"
         )
