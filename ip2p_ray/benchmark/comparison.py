@@ -46,6 +46,8 @@ class Measured:
     """Candidates that reached every threshold."""
     pairs: int
     """Of these, the kept ones."""
+    sources: int
+    """Different source pictures of the accepted pairs."""
     device_s_per_accepted_pair: float | None
     """None where no pair was accepted."""
     unet_rows_per_accepted_pair: float | None
@@ -86,6 +88,7 @@ def compare(came: Run, full: Run) -> Measured:
         never_made=sum(one.never_made for one in came.searched),
         passed=len(passed),
         pairs=len(pairs),
+        sources=len({(key, made[key, index].request.seed) for key, index in pairs}),
         device_s_per_accepted_pair=came.device_s / len(pairs) if pairs else None,
         unet_rows_per_accepted_pair=came.unet_rows / len(pairs) if pairs else None,
         false_reject_rate=_missing(full_passed, passed) if alike else None,
@@ -101,7 +104,7 @@ def table(measured: Mapping[str, Measured]) -> str:
     full = measured[FULL]
     lines = [
         f"{'':16} {'device s':>9} {'s/pair':>8} {'ratio':>6} {'rows/pair':>9} {'ratio':>6} "
-        f"{'begun':>6} {'pruned':>6} {'unmade':>6} {'pairs':>6} {'false rej.':>10} "
+        f"{'begun':>6} {'pruned':>6} {'unmade':>6} {'pairs':>6} {'sources':>7} {'false rej.':>10} "
         f"{'lost pairs':>10} {'lost tripl.':>11}"
     ]
     for name, one in measured.items():
@@ -110,7 +113,8 @@ def table(measured: Mapping[str, Measured]) -> str:
             f"{name:16} {one.device_s:9.1f} {_number(seconds, 8, 3)} "
             f"{_ratio(full.device_s_per_accepted_pair, seconds)} {_number(rows, 9, 0)} "
             f"{_ratio(full.unet_rows_per_accepted_pair, rows)} "
-            f"{one.candidates:6d} {one.pruned:6d} {one.never_made:6d} {one.pairs:6d} "
+            f"{one.candidates:6d} {one.pruned:6d} {one.never_made:6d} "
+            f"{one.pairs:6d} {one.sources:7d} "
             f"{_share(one.false_reject_rate, 10)} {_share(one.lost_pairs, 10)} "
             f"{_share(one.lost_triplets, 11)}"
         )

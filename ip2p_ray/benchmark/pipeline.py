@@ -20,7 +20,7 @@ class Options:
     """What Ray costs the pairs: workers that sleep, the miniature beside a bare loop, memory."""
 
     triplets: int = 64
-    """Of each run with sleeping workers."""
+    """For each sleeping worker."""
     seconds: float = 1.0
     """That a worker sleeps for a triplet."""
     real: int = 48
@@ -41,6 +41,7 @@ class Options:
 
 def run(job: Options) -> str:
     """A line for each figure; the JSON file is written."""
+    import ip2p_ray.stages.overhead  # noqa: F401 - loads Ray Data, which sets up its own logging
     from ip2p_ray.stages.run import local_ray
 
     found: dict[str, Any] = {}
@@ -66,9 +67,9 @@ def _sleeping(job: Options, place: Path, workers: int, lines: list[str]) -> dict
     from ip2p_ray.testing.pairs import Sleep, models, write_triplets
 
     config, actors = _fakes()
-    triplets, folder = str(place / "triplets"), place / f"sleeping-{workers}"
-    if workers == SIMULATED[0]:
-        write_triplets(triplets, job.triplets)
+    triplets, folder = str(place / f"triplets-{workers}"), place / f"sleeping-{workers}"
+    count = job.triplets * workers
+    write_triplets(triplets, count)
     making = Making(
         generator=Sleep(seconds=job.seconds / config.candidates),
         judge="drawing",
@@ -77,9 +78,9 @@ def _sleeping(job: Options, place: Path, workers: int, lines: list[str]) -> dict
         judges=Resources(cpus=0.25, batch_size=32),
     )
     span = piped(triplets, str(folder), config, making, models=models(), actors=actors)
-    ideal = job.triplets * job.seconds / workers
+    ideal = job.triplets * job.seconds
     lines.append(
-        f"{workers} sleeping workers: {job.triplets} triplets in {span.seconds:.1f} s, ideally "
+        f"{workers} sleeping workers: {count} triplets in {span.seconds:.1f} s, ideally "
         f"{ideal:.1f}: efficiency {ideal / span.seconds:.3f}; {span.wall_seconds:.1f} s in all"
     )
     return {"workers": workers, "efficiency": ideal / span.seconds, **asdict(span)}

@@ -20,7 +20,7 @@ class SearchConfig:
     give_up: float | None = None
     """Stop once any further accepted candidate is less probable than this, in (0, 1)."""
     acceptance_prior: tuple[float, float] = (0.5, 0.5)
-    """Beta prior of a triplet's share of accepted candidates; `fitting` reads it off pilots."""
+    """Beta prior of the share of a triplet that is accepted; `fitting` reads it off pilots."""
     decide_every: int = 8
     """Candidates of a triplet between two decisions to stop."""
     share_source: int | None = None

@@ -1,17 +1,21 @@
 """When to stop and what to prune: probabilities of one triplet's candidates, in plain numbers.
 
-Stop early. Of a triplet's candidates so far, `a` of `n` were accepted, with direction similarities
-of mean m and sample standard deviation s; the worst one that would be kept has d. A further one is
-accepted with the posterior mean p = (a + alpha) / (n + alpha + beta), and then its direction is
-over d + margin with q = P(T > (d + margin - m) / (s sqrt(1 + 1/a))), T being Student's t of a - 1
-degrees of freedom: the prediction from normal scores of unknown mean and variance. The triplet
-stops when 1 - (1 - p q)^left, the chance of at least one such among those left, is below a level.
-Accepted scores are cut off at the threshold, so they are not normal; it is a rule, not a proof. A
-margin there has to be: without one, by symmetry alone, number n + 1 is among the best k of all with
-probability k / (n + 1), and hardly any triplet would stop.
+A unit is a candidate, or all candidates of one source where sources are shared: these resemble
+each other, and to count them one by one would be too sure of everything. A unit is accepted when
+one of its candidates is, and its score is the best direction similarity of those.
+
+Stop early. Of `n` units so far `a` were accepted, with scores of mean m and sample standard
+deviation s. A further one is accepted with the posterior mean p = (a + alpha) / (n + alpha + beta),
+and then its score is over the bar d with q = P(T > (d - m) / (s sqrt(1 + 1/a))), T being Student's
+t of a - 1 degrees of freedom: the prediction from normal scores of unknown mean and variance. The
+bar is the direction similarity of the worst candidate that would be kept, plus a margin. The
+triplet stops when 1 - (1 - p q)^left, the chance of at least one such among the units left, is
+below a level. Accepted scores are cut off at the threshold, so they are not normal; it is a rule,
+not a proof. A margin there has to be: without one, by symmetry alone, number n + 1 is among the
+best k of all with probability k / (n + 1), and hardly any triplet would stop.
 
 Give up. With the Beta posterior (alpha + a, beta + n - a) of the acceptance probability, none of
-`left` more is accepted with probability B(alpha + a, beta + n - a + left) / B(alpha + a,
+`left` more units is accepted with probability B(alpha + a, beta + n - a + left) / B(alpha + a,
 beta + n - a); the triplet stops when one minus that is below a level.
 
 Prune. A candidate is hopeless when a similarity of its predicted pictures is below that
@@ -28,38 +32,31 @@ from ip2p_ray.filtering import Thresholds
 from ip2p_ray.search.options import SearchConfig
 
 FEWEST = 3
-"""Accepted candidates without which their spread says too little to stop early."""
+"""Accepted units without which their spread says too little to stop early."""
 
 
 def chance_of_better(
-    directions: Sequence[float],
-    *,
-    made: int,
-    left: int,
-    keep: int,
-    margin: float,
-    prior: tuple[float, float],
+    scores: Sequence[float], *, bar: float, made: int, left: int, prior: tuple[float, float]
 ) -> float:
-    """The chance that one of `left` more is accepted and better than the worst kept by `margin`.
+    """The chance that one of `left` more units is accepted with a score over the bar.
 
-    `directions` are those of the accepted among `made` candidates. It is 1 while fewer than `keep`
-    or FEWEST were accepted, and 0 when none is left.
+    `scores` are those of the accepted among `made` units. It is 1 while they are fewer than
+    FEWEST, and 0 when none is left.
     """
-    count = len(directions)
+    count = len(scores)
     if not left:
         return 0.0
-    if count < max(keep, FEWEST):
+    if count < FEWEST:
         return 1.0
     accepted = (count + prior[0]) / (made + sum(prior))
-    bar = sorted(directions, reverse=True)[keep - 1] + margin
-    distance = bar - statistics.fmean(directions)
-    spread = statistics.stdev(directions) * math.sqrt(1 + 1 / count)
+    distance = bar - statistics.fmean(scores)
+    spread = statistics.stdev(scores) * math.sqrt(1 + 1 / count)
     over = upper_tail(distance / spread, count - 1) if spread else float(distance <= 0)
     return 1 - (1 - accepted * over) ** left
 
 
 def chance_of_any(*, accepted: int, made: int, left: int, prior: tuple[float, float]) -> float:
-    """The chance that at least one of `left` more candidates is accepted."""
+    """The chance that at least one of `left` more units is accepted."""
     yes, no = prior[0] + accepted, prior[1] + made - accepted
     return -math.expm1(_log_beta(yes, no + left) - _log_beta(yes, no))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -136,28 +137,30 @@ class TripletSearch:
             return "all"
         if not self._asked:
             return None
-        directions = [
-            scores["direction_similarity"]
-            for _, scores in sorted(self._similarities.items())
+        options, share = self._options, self._options.share_source or 1
+        accepted = {
+            index: scores["direction_similarity"]
+            for index, scores in sorted(self._similarities.items())
             if rejection(scores, self._config.thresholds) is None
-        ]
-        options, prior = self._options, self._options.acceptance_prior
-        if options.stop_early is not None:
-            better = chance_of_better(
-                directions,
-                made=self._asked,
-                left=left,
-                keep=self._config.keep,
-                margin=options.stop_margin,
-                prior=prior,
-            )
-            if better < options.stop_early:
+        }
+        best: dict[int, float] = {}
+        for index, direction in accepted.items():
+            best[index // share] = max(direction, best.get(index // share, direction))
+        units = math.ceil(len(self._requests) / share)
+        made = self._asked // share  # whole units: decide_every is a multiple of share_source
+        known: dict[str, Any] = {
+            "made": made,
+            "left": units - made,
+            "prior": options.acceptance_prior,
+        }
+        if options.stop_early is not None and len(accepted) >= self._config.keep:
+            worst = sorted(accepted.values(), reverse=True)[self._config.keep - 1]
+            bar = worst + options.stop_margin
+            if chance_of_better([*best.values()], bar=bar, **known) < options.stop_early:
                 return "enough"
-        if options.give_up is not None:
-            accepted = len(directions)
-            some = chance_of_any(accepted=accepted, made=self._asked, left=left, prior=prior)
-            if some < options.give_up:
-                return "futile"
+        level = options.give_up
+        if level is not None and chance_of_any(accepted=len(best), **known) < level:
+            return "futile"
         return None
 
     def _rank(self, index: int) -> tuple[float, int]:

@@ -111,9 +111,7 @@ def generate_pairs(
     def generate() -> list[Report]:
         parts = plan.shards(storage.join(folder, "queue"))
         for number, part in enumerate(parts):
-            name = "candidates"
-            if len(parts) > 1:
-                name = f"candidates, part {number + 1} of {len(parts)}"
+            name = f"candidates, part {number + 1} of {len(parts)}"
             _make_part(part, candidates, replace(origin, dataset=name), number, steps)
         return []
 

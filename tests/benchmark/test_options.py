@@ -93,6 +93,8 @@ def test_shared_sources_save_their_rows_and_are_other_candidates(
     assert shared.false_reject_rate is None
     assert shared.lost_pairs is None
     assert shared.lost_triplets is not None
+    assert 0 < shared.sources <= shared.pairs
+    assert measured[FULL].sources == measured[FULL].pairs
 
 
 def test_what_pruning_loses_is_counted_against_full_generation(

@@ -131,3 +131,25 @@ def test_a_model_that_is_not_there_is_named(flags, tmp_path):
     assert done.stderr.splitlines()[-1] == (
         f"generate_pairs: no model folder {tmp_path / 'no'}: give a diffusers folder or a hub id"
     )
+
+
+@pytest.mark.ray
+def test_options_spare_work_and_are_part_of_the_recipe(flags, tmp_path):
+    write_triplets(str(tmp_path / "triplets"), 5)
+    asked = ["--triplets", tmp_path / "triplets", "--out", tmp_path, *flags]
+    asked += ["--candidates", 8, "--judge-actors", 0, "--actors", 1]
+    options = ["--share-source", 2, "--stop-early", 0.9, "--stop-margin", 0.5, "--decide-every", 4]
+    done = run_job(*asked, *options)
+    assert done.returncode == 0, done.stderr
+    assert "plan: what the options spare comes off that" in done.stdout
+    rows = storage.read_dataset(str(tmp_path / "candidates"), CANDIDATES).to_pylist()
+    assert len(rows) == 5
+    for row in rows:
+        made = row["candidates"]
+        assert row["status"] == ("enough" if len(made) == 4 else "ok")
+        assert len({candidate["seed"] for candidate in made}) == len(made) / 2
+        assert sum(candidate["reason"] is None for candidate in made) == 2
+    assert any(row["status"] == "enough" for row in rows)
+    other = run_job(*asked)
+    assert other.returncode == 1
+    assert "was made differently" in other.stderr

@@ -22,34 +22,33 @@ def test_the_tail_is_that_of_the_printed_tables(
     assert upper_tail(0.0, freedom) == 0.5
 
 
-def better(directions: list[float], **changes: float) -> float:
-    settings = {"made": 20, "left": 10, "keep": 2, "margin": 0.0, **changes}
-    return chance_of_better(directions, prior=(1.0, 1.0), **settings)  # type: ignore[arg-type]
+def better(scores: list[float], **changes: float) -> float:
+    settings = {"made": 20, "left": 10, "bar": 0.2, **changes}
+    return chance_of_better(scores, prior=(1.0, 1.0), **settings)  # type: ignore[arg-type]
 
 
 def test_the_chance_of_a_better_one_by_hand() -> None:
-    """Scores 1, 2, 3: mean 2, deviation 1; the second best is the mean itself, so q is a half."""
+    """Scores of mean 0.2 and deviation 0.1; over a bar of 0.2 there is a half of them."""
     once = 4 / 22 * 0.5
     assert better([0.1, 0.3, 0.2]) == pytest.approx(1 - (1 - once) ** 10)
     over = upper_tail(0.1 / (0.1 * math.sqrt(4 / 3)), 2)
-    assert better([0.1, 0.3, 0.2], margin=0.1) == pytest.approx(1 - (1 - 4 / 22 * over) ** 10)
+    assert better([0.1, 0.3, 0.2], bar=0.3) == pytest.approx(1 - (1 - 4 / 22 * over) ** 10)
 
 
 def test_a_search_with_too_few_accepted_is_never_enough() -> None:
-    assert better([0.5, 0.6]) == 1
-    assert better([0.5] * 3, keep=4) == 1
+    assert better([0.5, 0.6], bar=0.9) == 1
     assert better([0.5, 0.6, 0.7], left=0) == 0
 
 
-def test_equal_scores_are_beaten_by_no_margin() -> None:
-    assert better([0.5] * 5, margin=0.01) == 0
-    assert better([0.5] * 5) > 0.5
+def test_equal_scores_are_over_no_higher_bar() -> None:
+    assert better([0.5] * 5, bar=0.51) == 0
+    assert better([0.5] * 5, bar=0.5) > 0.5
 
 
 def test_the_chance_falls_with_the_bar_and_with_what_is_left() -> None:
     scores = [0.2, 0.25, 0.3, 0.5, 0.52]
     assert better(scores, left=3) < better(scores, left=30)
-    assert better(scores, margin=0.1) < better(scores)
+    assert better(scores, bar=0.6) < better(scores, bar=0.5)
     assert better(scores, made=200) < better(scores)
 
 
@@ -80,7 +79,7 @@ def test_normal_scores_beat_the_bar_as_often_as_stated() -> None:
         seen, later = scores[:6].tolist(), scores[6:]
         bar = sorted(seen)[-2] + 0.05
         came.append((later > bar).any())
-        chance = better(seen, made=6, margin=0.05, left=10)
+        chance = better(seen, made=6, bar=bar, left=10)
         stated.append(chance)
     assert np.mean(came) == pytest.approx(statistics.fmean(stated), abs=0.06)
 

@@ -10,7 +10,7 @@ from ip2p_ray.errors import ConfigError
 from ip2p_ray.filtering import Thresholds, rejection, select
 from ip2p_ray.pairs import CandidateRequest, PairConfig, candidate_requests
 from ip2p_ray.search.options import SearchConfig
-from ip2p_ray.search.rules import chance_of_any, hopeless
+from ip2p_ray.search.rules import chance_of_any, chance_of_better, hopeless
 from ip2p_ray.search.schedule import schedule
 from ip2p_ray.search.triplet import PRUNED, Searched
 from ip2p_ray.testing import ScriptedGenerator
@@ -192,6 +192,48 @@ def test_a_futile_triplet_is_given_up_when_the_stated_chance_falls_below_the_lev
     first = next(2 * (n + 1) for n, chance in enumerate(chances) if chance < 0.3)
     assert made == first < 20
     assert found["key 0"].never_made == 20 - made
+
+
+def test_candidates_of_one_source_count_once_for_the_decision_to_stop() -> None:
+    """Twins say nothing new: two decisions of 8 candidates know 4 sources, not 16 candidates."""
+    options = SearchConfig(
+        give_up=0.45, decide_every=8, share_source=4, acceptance_prior=(0.5, 0.5)
+    )
+    config = replace(CONFIG, candidates=40)
+    found, _ = searched(options, config=config)
+    alone, _ = searched(replace(options, share_source=None), config=config)
+    chances = {
+        made: chance_of_any(accepted=0, made=made // 4, left=10 - made // 4, prior=(0.5, 0.5))
+        for made in range(8, 40, 8)
+    }
+    stop = next(made for made, chance in chances.items() if chance < 0.45)
+    assert len(found["key 0"].candidates) == stop
+    assert found["key 0"].ended == alone["key 0"].ended == "futile"
+    assert chances[8] > chance_of_any(accepted=0, made=8, left=2, prior=(0.5, 0.5))
+    assert {one.ended for one in found.values()} == {"futile", "all"}
+
+
+def test_the_best_of_each_source_is_what_further_sources_are_predicted_from() -> None:
+    """One source in two is excellent, with all its candidates; that is no reason to stop."""
+
+    def by_source(request: CandidateRequest) -> dict[str, float]:
+        direction = 0.9 if request.index // 4 % 2 else 0.4
+        return {**score(request), "direction_similarity": direction + request.index / 1e4}
+
+    options = SearchConfig(stop_early=0.3, stop_margin=0.02, decide_every=4, share_source=4)
+    config = replace(CONFIG, candidates=40, thresholds=Thresholds(text=0, image=0, direction=0))
+    generator = ScriptedGenerator(by_source)
+    (one,) = schedule(generator, TRIPLETS[1:2], config, options, "recipe", batch_size=8)
+    made = len(one.candidates)
+    assert made > 12  # three sources at the least
+    sources = [
+        0.9 + (n + 3) / 1e4 if n // 4 % 2 else 0.4 + (n + 3) / 1e4 for n in range(0, made, 4)
+    ]
+    kept = sorted(by_source(c.request)["direction_similarity"] for c in one.candidates)[-3]
+    chance = chance_of_better(
+        sources, bar=kept + 0.02, made=made // 4, left=10 - made // 4, prior=(0.5, 0.5)
+    )
+    assert (chance < 0.3) == (one.ended == "enough")
 
 
 def test_pruned_candidates_are_not_finished_and_the_rest_is_as_without() -> None:
