@@ -75,8 +75,11 @@ class Clip:
         with QuickGELU (OpenAI's) get it even where the architecture's name does not ask for it.
 
         Raises:
+            ConfigError: the device is not there.
             ModelError: the folder is missing or broken, or the weights cannot be had.
         """
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"CLIP cannot go to {device}: torch sees no CUDA device here")
         source = str(source).removeprefix(_LOCAL)
         architecture, _, weights = source.rpartition("/")
         named = architecture in open_clip.list_models() and not Path(source).exists()

@@ -50,8 +50,11 @@ class GeneratorWeights:
         """The model on the device.
 
         Raises:
+            ConfigError: the device is not there.
             ModelError: a part is missing or broken, or the weights do not fit; says which.
         """
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"the generator cannot go to {device}: torch sees no CUDA device")
         model = StableDiffusion.load(self.source, dtype=_DTYPES[self.dtype])
         if self.vae is not None:
             model.vae = read_vae(self.vae).to(_DTYPES[self.dtype])
@@ -136,10 +139,13 @@ class Generator:
         while done < len(requests):
             part = requests[done : done + self._batch_size]
             began = time.monotonic()
+            too_large: str | None = None
             try:
                 source, edited = self._made(part, config)
             except torch.OutOfMemoryError as error:
-                self._halve(self._batch_size if self._holding.compile else len(part), error)
+                too_large = str(error)
+            if too_large is not None:  # out of the block, which holds on to the tensors
+                self._halve(self._batch_size if self._holding.compile else len(part), too_large)
                 continue
             yield Batch(part, source, edited, time.monotonic() - began)
             done += len(part)
@@ -160,16 +166,27 @@ class Generator:
             ModelError: not even one candidate fits.
         """
         left = {row["triplet_key"]: row for row in triplets}
+        least = -(-(1 + (options.share_source or 1)) // 2)
         while left:
             tried = self._batch_size
+            too_large: str | None = None
             try:
                 for found in search(
-                    self._model, clip, [*left.values()], config, options, recipe, batch_size=tried
+                    self._model,
+                    clip,
+                    [*left.values()],
+                    config,
+                    options,
+                    recipe,
+                    batch_size=tried,
+                    decode_batch=self._holding.decode_batch,
                 ):
                     del left[found.triplet["triplet_key"]]
                     yield found
             except torch.OutOfMemoryError as error:
-                self._halve(tried, error)
+                too_large = str(error)
+            if too_large is not None:
+                self._halve(tried, too_large, least)
 
     def _made(
         self, requests: Sequence[CandidateRequest], config: PairConfig
@@ -182,15 +199,15 @@ class Generator:
         )
         return source[: len(requests)], edited[: len(requests)]
 
-    def _halve(self, tried: int, error: torch.OutOfMemoryError) -> None:
-        if tried == 1:
+    def _halve(self, tried: int, told: str, least: int = 1) -> None:
+        if tried <= least:
             have = free_bytes(self._model.device)
             raise ModelError(
-                f"not even one candidate fits: the weights hold {_gib(_bytes(self._model))}, "
+                f"not even {least} at a time fit: the weights hold {_gib(_bytes(self._model))}, "
                 f"{_gib(have)} are free on {self._model.device} and more is needed "
-                f"({str(error).splitlines()[0]}); give a lower resolution or dtype"
-            ) from error
-        self._batch_size = tried // 2
+                f"({told.splitlines()[0]}); give a lower resolution or dtype"
+            )
+        self._batch_size = max(tried // 2, least)
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(

@@ -142,6 +142,8 @@ class GeneratePairs:
         if self.judge_actors and options:
             flag = f"--{options[0].replace('_', '-')}"
             raise ValueError(f"{flag} needs --judge-actors 0: what is spared, the judge decides")
+        if not self.judge_actors and (self.judge_gpus or self.compile):
+            raise ValueError("--judge-actors 0 judges where pictures are made, and cannot compile")
         if self.gpus < 0 or self.judge_gpus < 0 or self.cpus < 0:
             raise ValueError("--gpus, --judge-gpus and --cpus are not negative")
         if not 0 <= self.max_reject_share <= 1:
@@ -164,6 +166,8 @@ def main(job: GeneratePairs) -> int:
 
 
 def _generate(job: GeneratePairs) -> None:
+    from tempfile import TemporaryDirectory
+
     from ip2p_ray import storage
     from ip2p_ray.stages import run
     from ip2p_ray.stages.forecast import fingerprints, forecast_of
@@ -173,9 +177,11 @@ def _generate(job: GeneratePairs) -> None:
     out = job.out.absolute()
     triplets = str(storage.local_path(job.triplets).absolute())
     storage.require_manifest(triplets)
-    with run.locked(out), run.local_ray(workers=job.actors):
-        if job.dry_run or not (out / "candidates" / storage.MANIFEST).exists():
-            for line in forecast_of(triplets, str(out), config, making).lines():
+    with run.locked(out), run.local_ray(workers=job.actors, actors=making.actors):
+        if job.dry_run or not (out / "candidates").exists():
+            with TemporaryDirectory() as queue:  # so that --limit binds no later run
+                plan = forecast_of(triplets, queue, config, making)
+            for line in plan.lines():
                 print(line, flush=True)
         if job.dry_run:
             return

@@ -92,7 +92,7 @@ def test_one_candidate_that_does_not_fit_ends_the_run_with_need_and_have(model):
     cramped.rows = 3
     with pytest.raises(ModelError) as caught:
         list(Generator(cramped, Holding(batch_size=2)).make(requests(), CONFIG))
-    assert "not even one candidate fits: the weights hold 0.0 GiB" in str(caught.value)
+    assert "not even 1 at a time fit: the weights hold 0.0 GiB" in str(caught.value)
     assert "GiB are free on cpu" in str(caught.value)
     assert "tried to allocate 4 rows" in str(caught.value)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ip2p_ray.candidates import CandidateRequest, Candidates
 from ip2p_ray.clip import Clip
 from ip2p_ray.diffusion.model import StableDiffusion
@@ -25,6 +27,7 @@ def search(
     recipe: str,
     *,
     batch_size: int,
+    decode_batch: int | None = None,
 ) -> Iterator[Searched]:
     """Each triplet with its judged candidates, as soon as its search has ended.
 
@@ -34,7 +37,7 @@ def search(
     depend on `batch_size` or the order of triplets, as far as scores do not: they do by rounding,
     as in any batch, which counts for a score within rounding of where a rule decides.
     """
-    generator = PairGenerator(model, clip, config, options)
+    generator = PairGenerator(model, clip, config, options, decode_batch)
     yield from schedule(generator, triplets, config, options, recipe, batch_size=batch_size)
 
 
@@ -42,9 +45,15 @@ class PairGenerator:
     """What `schedule` asks for candidates; counts the work it did."""
 
     def __init__(
-        self, model: StableDiffusion, clip: Clip, config: PairConfig, options: SearchConfig
+        self,
+        model: StableDiffusion,
+        clip: Clip,
+        config: PairConfig,
+        options: SearchConfig,
+        decode_batch: int | None = None,
     ) -> None:
         self._model, self._clip, self._config = model, clip, config
+        self._decode_batch = decode_batch
         self._prune_step = options.prune_step(config.steps)
         self.unet_rows = 0
         """Rows that went through the UNet: two a step and row of latents."""
@@ -55,7 +64,7 @@ class PairGenerator:
         """The candidates at the step of pruning, with what the model then takes for finished."""
         requests = [request for group in groups for request in group]
         part = self._proceed(begin(self._model, requests, self._config), self._prune_step)
-        source, edited = decode_pairs(self._model, part, part.rows.denoised)
+        source, edited = self._decoded(part, part.rows.denoised)
         scores = self._judge(requests, source, edited)
         found, first = [], 0
         for group in groups:
@@ -76,7 +85,7 @@ class PairGenerator:
         else:
             part = Candidates.join(begun)
         part = self._proceed(part, None)
-        source, edited = decode_pairs(self._model, part, part.rows.x)
+        source, edited = self._decoded(part, part.rows.x)
         scores = self._judge(requests, source, edited)
         return [
             Made(similarities=row, source_image=source[place], edited_image=edited[place])
@@ -87,6 +96,9 @@ class PairGenerator:
         done = proceed(self._model, part, self._config, stop=stop)
         self.unet_rows += 2 * len(part.generators) * (done.step - part.step)
         return done
+
+    def _decoded(self, part: Candidates, latents: Tensor) -> tuple[Pictures, Pictures]:
+        return decode_pairs(self._model, part, latents, decode_batch=self._decode_batch)
 
     def _judge(
         self, requests: Sequence[CandidateRequest], source: Pictures, edited: Pictures

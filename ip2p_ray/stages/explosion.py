@@ -60,6 +60,9 @@ def explode(folder: str, rules: Rules, made: storage.Manifest) -> storage.Manife
         if not counts[None]:
             raise StageError(nothing_kept(counts, rules, scores))
         write(pairs, _write_pairs)
+        written = plan.count_rows(storage.list_shards(pairs))
+        if written != counts[None]:
+            raise StageError(f"pairs: {written:,} of {counts[None]:,} kept candidates were written")
         return [Report.count("pairs", counts.elements(), made.wall_seconds)]
 
     run.make(scores, origin("scores"), lambda: write(scores, _write_scores))

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from ip2p_ray import storage
 from ip2p_ray.errors import DatasetError, StageError
-from ip2p_ray.filtering import NOT_BEST, select
+from ip2p_ray.filtering import NOT_BEST, rejection, select
 from ip2p_ray.report import Report
 from ip2p_ray.rules import NO_PICTURE, Rules, nothing_kept, reject_row
 from ip2p_ray.schema import PAIRS, REJECTS, SCORES, SIMILARITIES
@@ -181,17 +181,21 @@ class _Again:
 
     def _reasons(self, rows: list[dict[str, Any]]) -> list[str | None]:
         """Of the candidates of one triplet. One that was never scored keeps the reason it has."""
-        scored = [row for row in rows if row["image_similarity"] is not None]
-        judged = iter(select(scored, self._rules.thresholds, self._rules.keep))
-        reasons = [
-            row["reason"] if row["image_similarity"] is None else next(judged) for row in rows
-        ]
-        return [
-            NO_PICTURE
-            if reason is None and bytes.fromhex(row["pair_key"]) not in self._pictured
-            else reason
-            for row, reason in zip(rows, reasons, strict=True)
-        ]
+        thresholds = self._rules.thresholds
+        reasons = [row["reason"] for row in rows]
+        judged = []
+        for place, row in enumerate(rows):
+            if row["image_similarity"] is None:
+                continue
+            pictured = bytes.fromhex(row["pair_key"]) in self._pictured
+            if not pictured and rejection(row, thresholds) is None:
+                reasons[place] = NO_PICTURE  # and takes no place from one that has a picture
+            else:
+                judged.append(place)
+        found = select([rows[place] for place in judged], thresholds, self._rules.keep)
+        for place, reason in zip(judged, found, strict=True):
+            reasons[place] = reason
+        return reasons
 
     def _others(self) -> Iterator[pa.Table]:
         """Rejects that no threshold has to do with."""

@@ -35,8 +35,10 @@ class Forecast:
     candidates: int
     pairs: int
     """At most so many."""
+    asked_batch: int
+    """Candidates at a time that were asked for."""
     batch_size: int
-    """Candidates at a time that fitted."""
+    """That fitted."""
     generator_seconds: float
     """Of one generator for a candidate."""
     judge_seconds: float
@@ -58,6 +60,12 @@ class Forecast:
         return self.candidates * self.generator_seconds / 3600
 
     @property
+    def judging(self) -> bool:
+        """Whether the generators would wait for the judges."""
+        made = self.generator_seconds / self.generators
+        return self.judge_seconds / self.judges > made
+
+    @property
     def hours(self) -> float:
         """Until the last candidate is judged, generators and judges working side by side."""
         judging = self.candidates * self.judge_seconds / self.judges / 3600
@@ -65,6 +73,7 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """The plan, for people."""
+        smaller = self.batch_size < self.asked_batch
         of = f"{_FEW_STEPS} to {_MORE_STEPS} steps" if self.extrapolated else "a batch"
         stored = size(2 * self.pairs * self.pair_bytes)
         return [
@@ -78,6 +87,8 @@ class Forecast:
             f"plan: at most {stored} of pictures, {size(self.pair_bytes)} a pair in candidates and "
             "again in pairs"
             + ("; pictures of so few steps are larger than finished ones" * self.extrapolated),
+            *([f"plan: {self.asked_batch} at a time do not fit"] * smaller),
+            *(["plan: judging is what binds: more --judge-actors, or --judge-gpus"] * self.judging),
             *(["plan: what the options spare comes off that"] * self.spared),
         ]
 
@@ -124,6 +135,7 @@ def forecast_of(triplets: str, folder: str, config: PairConfig, making: Making) 
         triplets=count,
         candidates=count * config.candidates,
         pairs=count * min(config.keep, config.candidates),
+        asked_batch=making.holding.batch_size,
         batch_size=made.batch_size,
         generator_seconds=made.seconds + (judged if making.judges is None else 0.0),
         judge_seconds=judged,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class GenerateCandidates:
     ) -> None:
         self._generator = Generator(weights.load(holding.device), holding)
         self._config, self._recipe = config, recipe
+        self._encoders = ThreadPoolExecutor(2)  # beside the device, which makes the next batch
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """A table for each triplet of the batch, as soon as its last candidate is made."""
@@ -37,10 +39,13 @@ class GenerateCandidates:
         waiting: list[dict[str, Any]] = []
         each = self._config.candidates
         for made in self._generator.make(requests, self._config):
-            waiting += _candidates(made)
+            waiting += self._candidates(made)
             while len(waiting) >= each:
                 row, own, waiting = rows.pop(0), waiting[:each], waiting[each:]
                 seconds = sum(candidate.pop("seconds") for candidate in own)
+                for candidate in own:
+                    for name in ("source_image", "edited_image"):
+                        candidate[name] = {"bytes": candidate[name].result(), "path": None}
                 row.update(recipe=self._recipe, status="ok", candidates=own, seconds=seconds)
                 yield pa.Table.from_pylist([row], schema=CANDIDATES)
 
@@ -48,20 +53,19 @@ class GenerateCandidates:
         texts = (row["triplet_key"], row["caption"], row["edited_caption"])
         return candidate_requests(*texts, self._config, self._recipe)
 
-
-def _candidates(made: Batch) -> list[dict[str, Any]]:
-    return [
-        {
-            "index": request.index,
-            "seed": request.seed,
-            "self_replace": request.self_replace,
-            "guidance_scale": request.guidance_scale,
-            "source_image": _transported(made.source[row]),
-            "edited_image": _transported(made.edited[row]),
-            "seconds": made.seconds / len(made.requests),
-        }
-        for row, request in enumerate(made.requests)
-    ]
+    def _candidates(self, made: Batch) -> list[dict[str, Any]]:
+        return [
+            {
+                "index": request.index,
+                "seed": request.seed,
+                "self_replace": request.self_replace,
+                "guidance_scale": request.guidance_scale,
+                "source_image": self._encoders.submit(_transported, made.source[row]),
+                "edited_image": self._encoders.submit(_transported, made.edited[row]),
+                "seconds": made.seconds / len(made.requests),
+            }
+            for row, request in enumerate(made.requests)
+        ]
 
 
 class SearchCandidates:
@@ -170,5 +174,5 @@ class JudgeCandidates:
         return {"bytes": encode_image(picture, self._config.image_format), "path": None}
 
 
-def _transported(array: Pictures) -> dict[str, Any]:
-    return {"bytes": encode_png(to_pil(array), level=_TRANSPORT_LEVEL), "path": None}
+def _transported(array: Pictures) -> bytes:
+    return encode_png(to_pil(array), level=_TRANSPORT_LEVEL)

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from ip2p_ray import storage
-from ip2p_ray.atomic import remove_folder
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.generator import GeneratorWeights, Holding
 from ip2p_ray.pairs import PairConfig
@@ -62,6 +61,19 @@ class Making:
                 "what is spared is decided by the judge, which then has to be where the pictures "
                 "are made: judges must be None with any option"
             )
+        shared = self.options.share_source or 1
+        if 1 + shared > 2 * self.holding.batch_size:
+            raise ConfigError(
+                f"share_source {shared} wants a batch_size of at least {-(-(1 + shared) // 2)}, "
+                f"got {self.holding.batch_size}"
+            )
+        if self.judges is None and self.holding.compile:
+            raise ConfigError("a search has batches of many shapes: compile needs judges")
+
+    @property
+    def actors(self) -> tuple[run.Resources, ...]:
+        """All that run at the same time."""
+        return (self.generators,) if self.judges is None else (self.generators, self.judges)
 
     def fill_queue(self, triplets: str, folder: str) -> storage.Manifest:
         """The dataset `<folder>/queue` of the triplets that are used."""
@@ -138,20 +150,38 @@ def _make_part(
             steps=steps,
             unit="triplets",
             rows_per_block=steps[0].resources.batch_size,
+            patient=True,
         )
         shards = storage.list_shards(blocks)
         compact(shards, part, name="candidates", key="triplet_key", schema=CANDIDATES)
         return []
 
     run.make(part, replace(origin, sources={**origin.sources, "part": str(number)}), generate)
-    remove_folder(storage.local_path(blocks))
+    for left in (run.resume_folder(blocks), blocks):
+        storage.remove_all(left)
+
+
+def triplets_at_a_time(batch_size: int, candidates: int) -> int:
+    """Triplets that an actor takes, and that a kill can cost it: the fewest that fill its batches.
+
+    Nine tenths of all places in batches, or as much as eight batches' candidates can.
+    """
+
+    def full(rows: int) -> float:
+        batches = -(-rows * candidates // batch_size)
+        return rows * candidates / (batches * batch_size)
+
+    most = max(1, 8 * batch_size // candidates)
+    for rows in range(1, most + 1):
+        if full(rows) >= 0.9:
+            return rows
+    return max(range(1, most + 1), key=full)
 
 
 def _steps(
     config: PairConfig, making: Making, recipe: str, triplets: int, actors: tuple[type, type]
 ) -> list[plan.Step]:
-    # What an actor makes at a time, and so what a kill can cost it.
-    rows = max(1, making.holding.batch_size // config.candidates)
+    rows = triplets_at_a_time(making.holding.batch_size, config.candidates)
     if making.judges is None:
         return [_search_step(config, making, recipe, rows)]
     return [
@@ -180,8 +210,11 @@ def _steps(
 
 
 def _search_step(config: PairConfig, making: Making, recipe: str, rows: int) -> plan.Step:
+    batch = making.holding.batch_size
     if making.options.decides:  # so many that those which go on fill batches
-        rows = max(rows, 2 * making.holding.batch_size // making.options.decide_every)
+        rows = max(rows, 2 * batch // making.options.decide_every)
+    if making.options.prune_at is not None:  # and so do survivors
+        rows = max(rows, -(-4 * batch // config.candidates))
     return plan.Step(
         callable=SearchCandidates,
         arguments={

@@ -64,6 +64,7 @@ def stream(
     rows_per_block: int,
     name: str | None = None,
     every_s: float = HEARTBEAT_S,
+    patient: bool = False,
 ) -> None:
     """The rows of the shards `sources`, sent through the steps, as shards of the dataset at `uri`.
 
@@ -73,7 +74,8 @@ def stream(
     One row in, one row out, identified by its column `key`. A killed plan goes on where it
     stopped: at most the blocks that were being worked on are made again, and no row is lost or
     written twice. The dataset is not whole before `make` writes its manifest. `name`, by default
-    that of its folder, is what the progress is told of, every `every_s` seconds.
+    that of its folder, is what the progress is told of, every `every_s` seconds. A plan in which
+    nothing arrives for half an hour is ended by Ray, unless it is `patient`.
     """
     rows = count_rows(sources)
     if not rows:
@@ -85,7 +87,7 @@ def stream(
     already = count_rows(note for note in storage.list_shards(resume) if _is_committed(note))
     progress = Progress(name or Path(uri).name, total=rows, unit=unit, done=already)
     context = _context(key, resume)
-    if any(isinstance(step, Step) and step.blocks for step in steps):
+    if patient or any(isinstance(step, Step) and step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
     with counted(progress, every_s=every_s) as tally, ray.data.DataContext.current(context):
         places = [storage.arrow_place(source) for source in sources]

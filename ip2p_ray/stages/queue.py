@@ -24,6 +24,7 @@ PART_TRIPLETS = 16_384
 """Triplets of a part."""
 
 NO_TEXT, WRONG_KEY, DUPLICATE, NOT_DRAWN = "no_text", "wrong_key", "duplicate", "not_drawn"
+UNKNOWN_SPLIT = "unknown_split"
 
 _TEXTS = ("caption", "instruction", "edited_caption")
 
@@ -38,9 +39,9 @@ def fill_queue(
 ) -> storage.Manifest:
     """The dataset `<folder>/queue`, TRIPLETS, and `<folder>/rejects/queue`.
 
-    A triplet is dropped that lacks a text, whose key is not that of its texts, or that was there
-    before. Of the others `limit` are drawn, always the same ones, and those of a smaller limit are
-    among those of a larger. Each part is in the order of the keys.
+    A triplet is dropped that lacks a text, whose key is not that of its texts, whose split is
+    unknown, or that was there before. Of the others `limit` are drawn, always the same ones, and
+    those of a smaller limit are among those of a larger. Each part is in the order of the keys.
 
     Raises:
         DatasetError: the triplets are not whole, or lack a column.
@@ -57,7 +58,7 @@ def fill_queue(
         began = time.monotonic()
         reasons = _reasons(triplets, limit)
         report = Report.count("queue", reasons, time.monotonic() - began)
-        _judge(report, triplets, max_reject_share)
+        _judge(report, triplets, max_reject_share, rejects)
         _write(triplets, reasons, queue, part_triplets)
         return [report]
 
@@ -65,9 +66,8 @@ def fill_queue(
         _write_rejects(triplets, _reasons(triplets, limit), rejects)
         return []
 
-    made = run.make(queue, origin, fill)
-    run.make(rejects, replace(origin, dataset="rejects"), reject)
-    return made
+    run.make(rejects, replace(origin, dataset="rejects/queue"), reject)
+    return run.make(queue, origin, fill)
 
 
 def _rows(triplets: str) -> Iterator[dict[str, Any]]:
@@ -104,10 +104,12 @@ def _fault(row: dict[str, Any]) -> str | None:
     texts = [row[name] for name in _TEXTS]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         return NO_TEXT
-    return None if row["triplet_key"] == triplet_key(*texts) else WRONG_KEY
+    if row["triplet_key"] != triplet_key(*texts):
+        return WRONG_KEY
+    return None if row["split"] in ("train", "held_out") else UNKNOWN_SPLIT
 
 
-def _judge(report: Report, triplets: str, max_reject_share: float) -> None:
+def _judge(report: Report, triplets: str, max_reject_share: float, rejects: str) -> None:
     """Returns if enough triplets can be used."""
     counts = Counter(report.rejected)
     drawn = report.rows_in - counts.pop(NOT_DRAWN, 0)
@@ -118,7 +120,8 @@ def _judge(report: Report, triplets: str, max_reject_share: float) -> None:
     if bad > max_reject_share * drawn:
         raise StageError(
             f"queue: {bad:,} of {drawn:,} triplets of {triplets} cannot be used, more than the "
-            f"{max_reject_share:.0%} allowed: {told}; mend them, or raise --max-reject-share"
+            f"{max_reject_share:.0%} allowed: {told}; which, is in {rejects}; mend them, or raise "
+            "--max-reject-share"
         )
 
 

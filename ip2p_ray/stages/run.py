@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -92,11 +93,16 @@ class Origin:
 
 
 @contextmanager
-def local_ray(*, workers: int) -> Iterator[None]:
+def local_ray(*, workers: int, actors: Sequence[Resources] = ()) -> Iterator[None]:
     """A Ray for the block: that of RAY_ADDRESS, else a small one that only this machine reaches.
 
-    `workers` processes compute at the same time and share the machine's cores.
+    `workers` processes compute at the same time and share the machine's cores. There is room for
+    the `actors`.
+
+    Raises:
+        ConfigError: there are not as many GPUs as the actors hold.
     """
+    cpus = sum(held.actors * held.cpus for held in actors)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if "RAY_ADDRESS" not in os.environ:
         threads = max(1, usable_cores() // workers)
@@ -105,7 +111,7 @@ def local_ray(*, workers: int) -> Iterator[None]:
         options |= {
             "address": "local",
             # Actors and tasks hold fractions; below 4 a plan's tasks may find none left.
-            "num_cpus": max(4, workers + 2),
+            "num_cpus": max(4, workers + 2, math.ceil(cpus) + 2),
             "include_dashboard": False,
             "object_store_memory": 256 << 20,
         }
@@ -115,9 +121,26 @@ def local_ray(*, workers: int) -> Iterator[None]:
         # Whatever fails is raised as well; Ray would log it with its traceback before.
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
+        _require_gpus(actors)
         yield
     finally:
         ray.shutdown()
+
+
+def _require_gpus(actors: Sequence[Resources]) -> None:
+    """Checks that the actors can be placed: Ray would wait for ever without a word.
+
+    A cluster of RAY_ADDRESS may grow, so there it is only told.
+    """
+    wanted = sum(held.actors * held.gpus for held in actors)
+    have = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    if wanted <= have:
+        return
+    each = " + ".join(f"{held.actors} x {held.gpus:g}" for held in actors if held.gpus)
+    told = f"the actors want {wanted:g} GPUs ({each}), the cluster has {have:g}"
+    if "RAY_ADDRESS" not in os.environ:
+        raise ConfigError(f"{told}: fewer actors, or a smaller share of a GPU for each")
+    logger.warning("%s; they wait until it has grown", told)
 
 
 @contextmanager

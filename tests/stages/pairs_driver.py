@@ -23,7 +23,7 @@ def main(triplets: str, folder: str, actors: int, seconds: float, log: str) -> N
         holding=Holding(batch_size=CONFIG.candidates),
         generators=run.Resources(actors=actors, cpus=0.5),
         judges=run.Resources(cpus=0.25, batch_size=32),
-        part_triplets=64,
+        part_triplets=24,
     )
     with run.locked(Path(folder)), run.local_ray(workers=actors):
         generate_pairs(

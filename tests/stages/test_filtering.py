@@ -11,7 +11,7 @@ from PIL import Image
 
 from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError, DatasetError, StageError
-from ip2p_ray.filtering import Thresholds, select
+from ip2p_ray.filtering import Thresholds, rejection, select
 from ip2p_ray.rules import NO_PICTURE, Rules
 from ip2p_ray.schema import (
     PAIRS,
@@ -122,11 +122,14 @@ def test_scores_judged_again_are_those_of_judging_so_at_once(folders, rules):
     rows = candidates()
     before = {r["pair_key"] for r in write_scored(scored, rows) if r["reason"] is None}
     manifest = rejudge_pairs(scored, out, rules)
-    truth = {row["pair_key"]: row["reason"] for row in judged(rows, rules)}
-    expected = {
-        key: NO_PICTURE if reason is None and key not in before else reason
-        for key, reason in truth.items()
+    lost = {
+        row["pair_key"]
+        for row in rows
+        if row["pair_key"] not in before and rejection(row, rules.thresholds) is None
     }
+    left = [row for row in rows if row["pair_key"] not in lost]
+    truth = {row["pair_key"]: row["reason"] for row in judged(left, rules)}
+    expected = {**truth, **dict.fromkeys(lost, NO_PICTURE)}
     scores = read(out, "scores", SCORES)
     assert {row["pair_key"]: row["reason"] for row in scores} == expected
     assert len(scores) == len(rows)

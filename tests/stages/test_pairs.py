@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -5,10 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from ip2p_ray import storage
-from ip2p_ray.errors import StageError
+from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.filtering import Thresholds
 from ip2p_ray.generator import GeneratorWeights, Holding
 from ip2p_ray.images import decode_image
+from ip2p_ray.pairs import PairConfig
 from ip2p_ray.schema import (
     CANDIDATES,
     PAIRS,
@@ -19,7 +21,15 @@ from ip2p_ray.schema import (
     pair_key,
     recipe,
 )
+from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.stages import pair_actors, pairs
+from ip2p_ray.testing.pairs import (
+    DrawingJudge,
+    Sleep,
+    SleepingGenerator,
+    models,
+    write_triplets,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -135,3 +145,55 @@ def test_rows_lie_in_the_order_of_their_triplets_in_few_shards(made):
     ]
     assert not (made.folder / "candidates" / "part-00000" / pairs.BLOCKS).exists()
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_a_run_that_ended_between_parts_goes_on(local_ray, tmp_path):
+    triplets, folder = str(tmp_path / "triplets"), str(tmp_path / "out")
+    write_triplets(triplets, 10)
+    config = PairConfig(candidates=4, keep=2, thresholds=Thresholds(text=0, image=0, direction=0))
+    log = tmp_path / "log"
+    making = pairs.Making(
+        generator=Sleep(log=str(log)),
+        judge="drawing",
+        holding=Holding(batch_size=4),
+        part_triplets=4,
+    )
+    fakes = (SleepingGenerator, DrawingJudge)
+
+    def make():
+        pairs.generate_pairs(triplets, folder, config, making, models=models(), actors=fakes)
+        return storage.read_dataset(f"{folder}/pairs", PAIRS).sort_by("pair_key")
+
+    first = make()
+    assert first.num_rows == 20
+    assert not list((tmp_path / "out" / "candidates").rglob(".*"))  # blocks and notes are gone
+    for name in ("candidates/_manifest.json", "candidates/part-00002/_manifest.json"):
+        (tmp_path / "out" / name).unlink()
+    for name in ("pairs", "scores", "rejects/pairs"):
+        storage.remove_all(f"{folder}/{name}")
+    again = make()
+    assert again.equals(first)
+    made = [json.loads(line)["key"] for line in log.read_text().splitlines()]
+    assert len(made) == 12  # ten, and the two of the part that was not whole
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "candidates", "rows"),
+    [(8, 1, 8), (8, 2, 4), (8, 3, 5), (16, 100, 2), (64, 100, 3), (32, 32, 1), (1, 100, 1)],
+)
+def test_an_actor_takes_the_fewest_triplets_that_fill_its_batches(batch_size, candidates, rows):
+    assert pairs.triplets_at_a_time(batch_size, candidates) == rows
+
+
+def test_what_cannot_go_together_is_refused():
+    weights, search = GeneratorWeights(source="g"), SearchConfig(share_source=4)
+    with pytest.raises(ConfigError, match="judges must be None"):
+        pairs.Making(generator=weights, judge="j", options=search)
+    with pytest.raises(ConfigError, match="share_source 4 wants a batch_size of at least 3, got 2"):
+        pairs.Making(
+            generator=weights,
+            judge="j",
+            judges=None,
+            options=search,
+            holding=Holding(batch_size=2),
+        )

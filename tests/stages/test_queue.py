@@ -12,7 +12,7 @@ from ip2p_ray.testing.pairs import write_triplets
 
 
 def spoiled(tmp_path):
-    """20 triplets and five rows that nobody can use."""
+    """20 triplets and six rows that nobody can use."""
     uri = str(tmp_path / "triplets")
     write_triplets(uri, 20)
     rows = storage.read_dataset(uri, TRIPLETS).to_pylist()
@@ -22,6 +22,7 @@ def spoiled(tmp_path):
         {**rows[2], "edited_caption": "  "},
         {**rows[3], "instruction": "make it a frog"},
         {**rows[4], "triplet_key": None},
+        {**rows[5], "split": None},
     ]
     storage.write_shard(uri, "triplets-00001", pa.Table.from_pylist(bad, schema=TRIPLETS))
     storage.write_manifest(uri, storage.Manifest(dataset="triplets", recipe="spoiled"))
@@ -30,7 +31,7 @@ def spoiled(tmp_path):
 
 def test_each_usable_triplet_is_there_once_and_the_rest_have_reasons(tmp_path):
     uri, rows = spoiled(tmp_path)
-    made = queue.fill_queue(uri, str(tmp_path), max_reject_share=0.2)
+    made = queue.fill_queue(uri, str(tmp_path), max_reject_share=0.3)
     found = storage.read_dataset(str(tmp_path / "queue"), TRIPLETS).to_pylist()
     assert found == sorted(rows, key=lambda row: row["triplet_key"])
     rejects = storage.read_dataset(str(tmp_path / "rejects" / "queue"), REJECTS).to_pylist()
@@ -39,22 +40,31 @@ def test_each_usable_triplet_is_there_once_and_the_rest_have_reasons(tmp_path):
         queue.NO_TEXT,
         queue.WRONG_KEY,
         queue.WRONG_KEY,
+        queue.UNKNOWN_SPLIT,
     ]
     assert sum(row["reason"] == queue.DUPLICATE for row in rejects) == 1
-    assert made.reports[0]["rows_in"] == 25
-    assert made.reports[0]["rejected"] == {"no_text": 2, "wrong_key": 2, "duplicate": 1}
+    assert made.reports[0]["rows_in"] == 26
+    assert made.reports[0]["rejected"] == {
+        "no_text": 2,
+        "wrong_key": 2,
+        "duplicate": 1,
+        "unknown_split": 1,
+    }
 
 
 def test_too_many_unusable_ones_end_the_stage_and_say_which(tmp_path):
     uri, _ = spoiled(tmp_path)
     with pytest.raises(StageError) as caught:
-        queue.fill_queue(uri, str(tmp_path), max_reject_share=0.19)
+        queue.fill_queue(uri, str(tmp_path), max_reject_share=0.23)
     assert str(caught.value) == (
-        f"queue: 5 of 25 triplets of {uri} cannot be used, more than the 19% allowed: no_text 2, "
-        "wrong_key 2, duplicate 1; mend them, or raise --max-reject-share"
+        f"queue: 6 of 26 triplets of {uri} cannot be used, more than the 23% allowed: no_text 2, "
+        f"wrong_key 2, duplicate 1, unknown_split 1; which, is in {tmp_path}/rejects/queue; mend "
+        "them, or raise --max-reject-share"
     )
     assert not (tmp_path / "queue" / storage.MANIFEST).exists()
-    assert queue.fill_queue(uri, str(tmp_path), max_reject_share=0.2).rows == 20
+    rejects = storage.read_dataset(str(tmp_path / "rejects" / "queue"), REJECTS)
+    assert rejects.num_rows == 6
+    assert queue.fill_queue(uri, str(tmp_path), max_reject_share=0.24).rows == 20
 
 
 def test_parts_hold_so_many_each_in_the_order_of_the_keys(tmp_path):
