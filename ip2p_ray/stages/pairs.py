@@ -29,8 +29,8 @@ from ip2p_ray.stages.pair_actors import GenerateCandidates, JudgeCandidates, Sea
 from ip2p_ray.stages.pairs_page import shown_below, write_page
 from ip2p_ray.stages.queue import PART_TRIPLETS, fill_queue
 
-BLOCKS = ".blocks"
-"""Folder, in that of a part, of the shards that the plan writes, each of one batch's triplets."""
+WORK = ".work"
+"""Folder, in that of a part, of the many small shards that the plan writes, and of its notes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def _make_part(
 ) -> None:
     """The candidates of a part of the queue, in few shards in the order of the keys."""
     part = storage.join(candidates, f"part-{number:05d}")
-    blocks = storage.join(part, BLOCKS)
+    blocks = storage.join(part, WORK, "blocks")
 
     def generate() -> list[Report]:
         plan.stream(
@@ -157,8 +157,7 @@ def _make_part(
         return []
 
     run.make(part, replace(origin, sources={**origin.sources, "part": str(number)}), generate)
-    for left in (run.resume_folder(blocks), blocks):
-        storage.remove_all(left)
+    storage.remove_all(storage.join(part, WORK))
 
 
 def triplets_at_a_time(batch_size: int, candidates: int) -> int:
