@@ -137,8 +137,8 @@ def test_a_model_that_is_not_there_is_named(flags, tmp_path):
 def test_options_spare_work_and_are_part_of_the_recipe(flags, tmp_path):
     write_triplets(str(tmp_path / "triplets"), 5)
     asked = ["--triplets", tmp_path / "triplets", "--out", tmp_path, *flags]
-    asked += ["--candidates", 8, "--judge-actors", 0, "--actors", 1]
-    options = ["--share-source", 2, "--stop-early", 0.9, "--stop-margin", 0.5, "--decide-every", 4]
+    asked += ["--candidates", 12, "--judge-actors", 0, "--actors", 1]
+    options = ["--share-source", 2, "--stop-early", 0.9, "--stop-margin", 0.5, "--decide-every", 6]
     done = run_job(*asked, *options)
     assert done.returncode == 0, done.stderr
     assert "plan: what the options spare comes off that" in done.stdout
@@ -146,7 +146,7 @@ def test_options_spare_work_and_are_part_of_the_recipe(flags, tmp_path):
     assert len(rows) == 5
     for row in rows:
         made = row["candidates"]
-        assert row["status"] == ("enough" if len(made) == 4 else "ok")
+        assert row["status"] == ("enough" if len(made) == 6 else "ok")
         assert len({candidate["seed"] for candidate in made}) == len(made) / 2
         assert sum(candidate["reason"] is None for candidate in made) == 2
     assert any(row["status"] == "enough" for row in rows)
