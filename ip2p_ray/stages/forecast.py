@@ -19,6 +19,7 @@ from ip2p_ray.pairs import CandidateRequest, PairConfig, Pictures, candidate_req
 from ip2p_ray.report import duration, size
 from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.stages import plan, run
+from ip2p_ray.stages.plan import BLOCK_BYTES
 from ip2p_ray.stages.pairs import Making
 
 SHORT_S = 20.0
@@ -47,6 +48,8 @@ class Forecast:
     """That the cluster has room for, of those asked for."""
     judges: int
     """As many as were asked for."""
+    triplet_bytes: float
+    """Of all pictures of a triplet on their way to the judge; 0 where they are judged at once."""
     pair_bytes: float
     """Of both pictures of a pair as they are stored."""
     extrapolated: bool
@@ -58,6 +61,12 @@ class Forecast:
     def device_hours(self) -> float:
         """Of all generators."""
         return self.candidates * self.generator_seconds / 3600
+
+    def _carried(self) -> str:
+        return (
+            f"plan: the pictures of a triplet, about {size(self.triplet_bytes)}, go to the judge in "
+            "one piece; with --judge-actors 0 they stay where they are made"
+        )
 
     @property
     def judging(self) -> bool:
@@ -87,6 +96,7 @@ class Forecast:
             f"plan: at most {stored} of pictures, {size(self.pair_bytes)} a pair in candidates and "
             "again in pairs"
             + ("; pictures of so few steps are larger than finished ones" * self.extrapolated),
+            *([self._carried()] * (self.triplet_bytes > BLOCK_BYTES)),
             *([f"plan: {self.asked_batch} at a time do not fit"] * smaller),
             *(["plan: judging is what binds: more --judge-actors, or --judge-gpus"] * self.judging),
             *(["plan: what the options spare comes off that"] * self.spared),
@@ -131,6 +141,7 @@ def forecast_of(triplets: str, folder: str, config: PairConfig, making: Making) 
         for pictures in (made.source, made.edited)
         for picture in pictures
     ]
+    pair_bytes = 2 * float(np.mean(stored))
     return Forecast(
         triplets=count,
         candidates=count * config.candidates,
@@ -141,7 +152,8 @@ def forecast_of(triplets: str, folder: str, config: PairConfig, making: Making) 
         judge_seconds=judged,
         generators=_room(generators),
         judges=_room(generators) if making.judges is None else making.judges.actors,
-        pair_bytes=2 * float(np.mean(stored)),
+        triplet_bytes=0.0 if making.judges is None else config.candidates * pair_bytes,
+        pair_bytes=pair_bytes,
         extrapolated=made.extrapolated,
         spared=making.options != SearchConfig(),
     )
