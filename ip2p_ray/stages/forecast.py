@@ -19,8 +19,8 @@ from ip2p_ray.pairs import CandidateRequest, PairConfig, Pictures, candidate_req
 from ip2p_ray.report import duration, size
 from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.stages import plan, run
-from ip2p_ray.stages.plan import BLOCK_BYTES
 from ip2p_ray.stages.pairs import Making
+from ip2p_ray.stages.plan import BLOCK_BYTES
 
 SHORT_S = 20.0
 """A batch that takes longer is measured over a few of its steps."""
