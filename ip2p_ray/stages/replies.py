@@ -40,7 +40,7 @@ from ip2p_ray.stages import plan, run
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.journal import Journal, JournalledWriter
 from ip2p_ray.triplets.limits import Limits, LimitsConfig, Usage
-from ip2p_ray.triplets.reply import NO_REPLY, Triplet, parse_reply, read_reply
+from ip2p_ray.triplets.reply import NO_REPLY, Triplet, encodable, parse_reply, read_reply
 from ip2p_ray.triplets.writer import OpenAIWriter, WriterConfig
 
 logger = logging.getLogger(__name__)
@@ -137,16 +137,17 @@ class AskReplies:
         try:
             reply = await self._writer.write(caption)
         except ReplyError as error:
-            return {"reply": str(error), "status": NO_REPLY}
+            return {"reply": encodable(str(error)), "status": NO_REPLY}
         except (Ip2pError, OSError) as error:
             # Not raised: Ray would end the actors, and lose what is in flight and paid for.
             own = self._turn.stop_by(error)
-            return {"reply": str(own), "status": f"{STOPPED} {type(own).__name__}"}
+            return {"reply": encodable(str(own)), "status": f"{STOPPED} {type(own).__name__}"}
         found = read_reply(caption, reply, fits=fits_openai)
+        text = encodable(reply.text)  # older journals hold what a table does not
         if isinstance(found, Triplet):
             texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
-            return {"reply": reply.text, "status": "ok", **texts}
-        return {"reply": reply.text, "status": found}
+            return {"reply": text, "status": "ok", **texts}
+        return {"reply": text, "status": found}
 
 
 class Count:
@@ -285,7 +286,7 @@ def ask_replies(
         _require_columns(sources)
         rows = plan.count_rows(sources)
         _wait_for_others(asking)
-        if any(_unfinished(uri)):
+        if _is_to_be_asked_again(uri):
             logger.info("replies: some captions have no reply yet; the others are in the journal")
             _drop(uri)
         with _journal(asking) as journal:
@@ -333,6 +334,8 @@ def drop_unanswered(folder: str) -> int:
         StageError: the folder has what was made of the triplets, which would no longer match.
     """
     replies = storage.join(folder, "replies")
+    if not storage.exists(storage.join(replies, storage.MANIFEST)):
+        return 0  # not whole yet: what has no reply there is asked for again anyway
     count = sum(1 for _ in _unfinished(replies))
     if not count:
         return 0
@@ -442,6 +445,14 @@ def _unfinished(uri: str) -> Iterator[tuple[str, str]]:
             for status, text in _columns(shard, "status", "reply"):
                 if _is_open(status):
                     yield status, text
+
+
+def _is_to_be_asked_again(uri: str) -> bool:
+    """Whether what an earlier attempt left has rows that are not final, or cannot be read."""
+    try:
+        return any(_unfinished(uri))
+    except (OSError, pa.ArrowException):
+        return True  # a kill cut a shard; the journal has all that is in it
 
 
 def _columns(shard: str, *names: str) -> Iterator[tuple[str, ...]]:

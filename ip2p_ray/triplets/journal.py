@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ip2p_ray.errors import ConfigError, DatasetError, Ip2pError
+from ip2p_ray.errors import ConfigError, DatasetError, Ip2pError, StageError
 from ip2p_ray.places import Places
 from ip2p_ray.schema import reply_key
 from ip2p_ray.triplets.limits import NOTHING, Usage
@@ -200,9 +200,9 @@ class _Pen:
                     if failure is None:
                         self._shelf.append(b"".join(line for line, _ in batch))
                         self.batches += 1
-                except (OSError, Ip2pError) as error:
+                except Exception as error:  # noqa: BLE001 - else its writers would wait for ever
                     # What stands there now is not known: nothing may follow it.
-                    failure = error
+                    failure = _told(error)
                 for _, written in batch:
                     if failure is None:
                         written.set_result(None)
@@ -318,6 +318,15 @@ class JournalledWriter:
         del self._in_flight[key]
         if not task.cancelled():
             task.exception()  # looked at, even if every caller was cancelled
+
+
+def _told(error: Exception) -> OSError | Ip2pError:
+    """What a store raised, as an error that a run can be stopped by."""
+    if isinstance(error, OSError | Ip2pError):
+        return error
+    told = StageError(f"journal: {type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told
 
 
 def _line(key: str, reply: Reply) -> bytes:

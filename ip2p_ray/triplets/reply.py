@@ -183,6 +183,11 @@ def _triplet(caption: str, parts: list[str], fits: Callable[[str], bool] | None)
     return Triplet(caption, instruction, edited_caption)
 
 
+def encodable(text: str) -> str:
+    """The text with a question mark for each lone surrogate, which no table or request can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def normal(text: str) -> str:
     """The text as the reference compares it: without case and full stops at its ends."""
     return text.strip().strip(".!?").lower()

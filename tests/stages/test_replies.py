@@ -1,5 +1,6 @@
 """The stage against the faulty server: what comes out, what it costs, what stops it."""
 
+import asyncio
 import json
 
 import pyarrow as pa
@@ -8,7 +9,7 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.errors import BudgetError, ConfigError, DatasetError, StageError
-from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, triplet_key
+from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, reply_key, triplet_key
 from ip2p_ray.stages import plan, replies
 from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.stages.progress import Progress
@@ -16,9 +17,10 @@ from ip2p_ray.stages.replies import REPLIES, Asking, AskReplies, Count, drop_una
 from ip2p_ray.stages.triplets import ask_triplets
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit
 from ip2p_ray.triplets.endpoint import Endpoint
+from ip2p_ray.triplets.journal import Journal
 from ip2p_ray.triplets.limits import LimitsConfig
-from ip2p_ray.triplets.reply import NO_REPLY
-from ip2p_ray.triplets.writer import WriterConfig
+from ip2p_ray.triplets.reply import NO_REPLY, Reply
+from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
 
 CONFIG = WriterConfig(model="fake", shots=0)
 
@@ -182,6 +184,33 @@ def test_what_is_wrong_is_told_before_anything_is_spent(tmp_path, monkeypatch):
         with pytest.raises(DatasetError, match="does not exist"):
             stage.check(captions=stage.uri("nothing"))
         assert not server.counts.paid
+
+
+def test_a_cut_shard_is_asked_for_again(tmp_path):
+    folder = tmp_path / "replies"
+    folder.mkdir()
+    assert not replies._is_to_be_asked_again(str(folder))
+    (folder / "a_000000_000000.parquet").write_bytes(b"")
+    assert drop_unanswered(str(tmp_path)) == 0
+    assert replies._is_to_be_asked_again(str(folder))
+
+
+def test_a_journal_with_half_a_character_is_read(tmp_path):
+    text = "make it \ud83d"
+    with Journal(tmp_path) as journal:
+        key = reply_key("a cat", "fake", writer_recipe(CONFIG, []))
+        tokens = {"prompt_tokens": 1, "completion_tokens": 1}
+        journal.put(key, Reply(text=text, finish_reason="stop", model="fake", **tokens))
+    told = Asking(
+        journal=str(tmp_path),
+        endpoint=Endpoint(base_url="http://127.0.0.1:9/v1", api_key_env=None),
+        limits=LimitsConfig(),
+    )
+    captions = pa.table({"caption_key": ["a"], "caption": ["a cat"], "url": [None]})
+    asking = AskReplies(CONFIG, [], told)
+    (row,) = asyncio.run(asking(captions.cast(CAPTIONS))).to_pylist()
+    asking._sign.close()
+    assert (row["reply"], row["status"]) == ("make it ?", "unparseable")
 
 
 class Told:
