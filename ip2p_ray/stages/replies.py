@@ -14,7 +14,7 @@ import fcntl
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any, TextIO
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from ip2p_ray import errors, storage
+from ip2p_ray import errors, lease, storage
 from ip2p_ray.captions import surely_fits
 from ip2p_ray.errors import (
     BudgetError,
@@ -256,9 +256,38 @@ def check(
         ConfigError: no key, no server there, or none with that model; the text says which.
         DatasetError: the captions are not whole, or lack a column.
     """
-    _require_columns(plan.shards(captions))
+    require_captions(captions)
     if not storage.exists(storage.join(folder, "replies", storage.MANIFEST)):
         asyncio.run(_check(config, examples, endpoint))
+
+
+def require_captions(captions: str) -> None:
+    """Returns if the dataset is whole and has the columns of captions.
+
+    Raises:
+        DatasetError: it is not, or lacks one.
+    """
+    _require_columns(plan.shards(captions))
+
+
+@contextmanager
+def journal_held(journal: str, folder: str) -> Iterator[None]:
+    """A journal in a bucket for this process alone while the block runs, and surely writable.
+
+    Nothing is done where the folder has all replies. A journal on disk is for those alone who
+    lock it (`ask_replies`).
+
+    Raises:
+        StageError: another run is asking for it.
+        StorageError: it cannot be written to.
+    """
+    whole = storage.exists(storage.join(folder, "replies", storage.MANIFEST))
+    if whole or storage.is_local(journal):
+        yield
+        return
+    storage.check(journal)
+    with lease.held(storage.join(journal, ".lock")):
+        yield
 
 
 def ask_replies(

@@ -9,6 +9,7 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.errors import BudgetError, ConfigError, DatasetError, StageError
+from ip2p_ray.objects import ObjectFolder
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, reply_key, triplet_key
 from ip2p_ray.stages import plan, replies
 from ip2p_ray.stages.captions import collect_captions
@@ -211,6 +212,17 @@ def test_a_journal_with_half_a_character_is_read(tmp_path):
     (row,) = asyncio.run(asking(captions.cast(CAPTIONS))).to_pylist()
     asking._sign.close()
     assert (row["reply"], row["status"]) == ("make it ?", "unparseable")
+
+
+def test_a_journal_in_a_bucket_is_one_runs_alone(bucket, tmp_path):
+    journal, folder = f"{bucket}/journal", str(tmp_path)
+    with replies.journal_held(journal, folder):
+        assert len(Journal(ObjectFolder(journal))) == 0
+        assert storage.exists(f"{journal}/.lock")
+    assert not storage.exists(f"{journal}/.lock")
+    storage.write_manifest(f"{folder}/replies", storage.Manifest(dataset="replies"))
+    with replies.journal_held("s3://no-such-bucket/journal", folder):
+        pass  # nothing is going to be asked for
 
 
 class Told:
