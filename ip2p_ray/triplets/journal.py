@@ -1,10 +1,11 @@
-"""Replies on disk the moment they arrive, so that none is ever paid for twice.
+"""Replies on disk the moment they arrive, so that none that is there is paid for again.
 
 A journal is a folder; each process that writes has a file of its own in it, and all read all
 files. A record is one line of JSON with a checksum at its end. A file is only ever appended to, and
 a reply counts from the moment it is on disk: whenever a process is killed, at most its last line is
 cut, and no reader takes a cut line for a record. A journal in a store of objects (`shelf`) is the
-same but for the moment: there a reply counts once it is put, which is done at most every second.
+same but for the moment: there a reply counts once it is put, which is done at most every second. So
+a kill costs at most what was in flight, and of a store what was not put yet.
 """
 
 from __future__ import annotations

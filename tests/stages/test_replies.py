@@ -11,11 +11,11 @@ from ip2p_ray import storage
 from ip2p_ray.errors import BudgetError, ConfigError, DatasetError, StageError
 from ip2p_ray.objects import ObjectFolder
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, reply_key, triplet_key
-from ip2p_ray.stages import plan, replies
+from ip2p_ray.stages import plan, replies, run
 from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.stages.progress import Progress
 from ip2p_ray.stages.replies import REPLIES, Asking, AskReplies, Count, drop_unanswered
-from ip2p_ray.stages.triplets import ask_triplets
+from ip2p_ray.stages.triplets import _made, ask_triplets
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.journal import Journal
@@ -274,3 +274,30 @@ def test_asking_says_what_is_wrong_with_it():
 
 def test_a_dataset_of_replies_has_what_triplets_are_made_of():
     assert set(CAPTIONS.names) < set(REPLIES.names)
+
+
+def test_a_page_that_is_gone_is_written_again(tmp_path):
+    asked = run.Origin(dataset="replies", config={}, models={"writer": "fake 0"})
+    rows = [
+        {
+            "caption_key": f"{number:032x}",
+            "caption": f"a red boat {number}",
+            "url": None,
+            "reply": "r",
+            "status": "ok" if number else "refused",
+            "instruction": "make it blue",
+            "edited_caption": f"a blue boat {number}",
+        }
+        for number in range(5)
+    ]
+    uri = str(tmp_path / "replies")
+    storage.write_shard(uri, "a", pa.Table.from_pylist(rows, schema=REPLIES))
+    storage.write_manifest(uri, storage.Manifest(dataset="replies"))
+    page = tmp_path / "triplets.html"
+    made = []
+    for _ in range(2):
+        assert _made(str(tmp_path), asked, {}, 0.05, 1.0).rows == 4
+        made.append(page.read_text())
+        page.unlink()
+    assert made[0] == made[1]
+    assert "4 of 5 replies are triplets" in made[0]
