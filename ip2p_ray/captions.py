@@ -126,7 +126,7 @@ class CaptionFiles:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for path, names in [(path, self.columns(path)) for path in files.files_of(self.paths)]:
             caption, url, source = names
-            for row in files.read_rows(path, [name for name in names if name]):
+            for row in files.read_rows(path, [name for name in names if name], lenient=True):
                 yield {
                     "caption": row.get(caption),
                     "url": _known(row.get(url)) if url else None,
@@ -154,8 +154,10 @@ class CaptionFiles:
 def read_captions(path: files.File) -> Iterator[dict[str, Any]]:
     """The rows of `CaptionFiles` of one file or folder, the column found by its name.
 
+    The caption of a line that cannot be read is no text: it says which line, and why not.
+
     Raises:
-        DatasetError: the file cannot be read, or a line of it; says which.
+        DatasetError: the file cannot be read; says which.
     """
     return iter(CaptionFiles(paths=(path,)))
 
@@ -168,10 +170,11 @@ def collect(
 ) -> Iterator[tuple[dict[str, Any], str | None]]:
     """A row of `schema.COLLECTED_CAPTIONS` for each row, in order, with the reason to drop it.
 
-    Each row has a "caption" and may have a "url" and a "source". Of equal captions, and of captions
-    with one url, one is kept. The rows are read twice, so a list will do and a generator will not;
-    in memory are 33 bytes of each. `fits` says whether an encoder reads a whole caption
-    (`Clip.fits`); without it `surely_fits` does, which may drop one that just fits.
+    Each row has a "caption" and may have a "url" and a "source". Of captions that are equal but for
+    case, and of captions with one url, one is kept. The rows are read twice, so a list will
+    do and a generator will not; in memory are 33 bytes of each. `fits` says whether an encoder
+    reads a whole caption (`Clip.fits`); without it `surely_fits` does, which may drop one that
+    just fits.
 
     Raises:
         ConfigError: the rows can be read only once.
@@ -189,7 +192,7 @@ def collect(
         rows,
         clean,
         lambda found: found[1] or reason_by(found[0]["caption"], config, whole),
-        lambda found: (found[0]["caption"], found[0]["url"]),
+        lambda found: (found[0]["caption"].casefold(), found[0]["url"]),
         {REPEATED: DUPLICATE, SAME_PLACE: DUPLICATE_URL, NOT_SAMPLED: UNSAMPLED},
         sample=config.sample,
         seed=config.seed,

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ip2p_ray.errors import ConfigError
 
@@ -30,6 +31,16 @@ def loading(name: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_web_address(text: str) -> bool:
+    """Whether it is the address of a server, as https://host/v1, with a port that there can be."""
+    try:
+        url = urlsplit(text)
+        _ = url.port
+    except ValueError:
+        return False
+    return url.scheme in ("http", "https") and bool(url.hostname) and not set(text) & set(" \t\n")
 
 
 def require_place(flag: str, path: Path, *, folder: bool) -> None:

@@ -6,13 +6,16 @@ are asked for, are in memory. A file is a local path, or an object of a bucket (
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, TextIO, overload
 
@@ -26,9 +29,22 @@ TEXT = "text"
 
 Numbered = tuple[int, dict[str, Any]]
 
+_Told = Mapping[str, None] | None  # the names of a row that is read leniently, None for no such
+
 _BATCH = 1024
+_ROWS_WITH_COLUMNS = 1000
 _READ_AHEAD = 4 << 20  # bytes that are asked of a bucket at a time
 _BROKEN = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, pa.ArrowException)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Stands for a value of a line that could not be read."""
+
+    why: str
+
+    def __repr__(self) -> str:
+        return self.why
 
 
 class File(Protocol):
@@ -51,6 +67,8 @@ def files_of(paths: Iterable[File]) -> list[File]: ...
 def files_of(paths: Iterable[File]) -> Sequence[File]:
     """The files among the paths and, of folders, those below them that can be read, by name.
 
+    Of a folder, files without a byte are left out if others have some.
+
     Raises:
         DatasetError: a path does not exist, is of an unknown kind, or is a folder without files.
     """
@@ -59,6 +77,8 @@ def files_of(paths: Iterable[File]) -> Sequence[File]:
         if isinstance(path, Path) and path.is_dir():
             below = (part for part in path.rglob("*") if is_data(part.relative_to(path).parts))
             inside = sorted(part for part in below if part.is_file())
+            # what writers leave for "nothing came"; alone it is told as what it is
+            inside = [part for part in inside if part.stat().st_size] or inside
             if not inside:
                 raise DatasetError(f"folder {path} holds no file of {', '.join(KINDS)}")
             found += inside
@@ -83,7 +103,7 @@ def size(path: File) -> int:
 
 
 def columns(path: File) -> list[str]:
-    """Names of a file's columns; of JSON lines, those of the first line.
+    """Names of a file's columns; of JSON lines, those of the first thousand lines.
 
     Raises:
         DatasetError: the file cannot be read.
@@ -94,22 +114,29 @@ def columns(path: File) -> list[str]:
     if _suffix(path) in _TABLES:
         with _told(path), _opened(path) as file:
             return next(csv.reader(file, **_TABLES[_suffix(path)]), [])
-    return list(next(read_rows(path), {TEXT: None}))
+    if _suffix(path) == ".txt":
+        return [TEXT]
+    first = itertools.islice(read_rows(path, lenient=True), _ROWS_WITH_COLUMNS)
+    found = list(dict.fromkeys(name for row in first for name in row))
+    return found or list(next(read_rows(path), {TEXT: None}))
 
 
-def read_rows(path: File, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def read_rows(
+    path: File, names: Sequence[str] = (), *, lenient: bool = False
+) -> Iterator[dict[str, Any]]:
     """The rows of a file, of Parquet only with the columns `names`; empty lines are skipped.
 
-    A row may lack some of the names: no two JSON lines need have the same.
+    A row may lack some of the names: no two JSON lines need have the same. If `lenient`, a line of
+    JSON or of a table that cannot be read is a row with `Unread` for each name.
 
     Raises:
         DatasetError: the file, or a line of it, cannot be read; says which.
     """
-    return (row for _, row in read_numbered(path, names))
+    return (row for _, row in read_numbered(path, names, lenient=lenient))
 
 
 def read_numbered(
-    path: File, names: Sequence[str] = (), *, batch: int = _BATCH
+    path: File, names: Sequence[str] = (), *, batch: int = _BATCH, lenient: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The same with the number of the line on which each row ends; of Parquet, of the row.
 
@@ -118,8 +145,9 @@ def read_numbered(
     if _suffix(path) not in KINDS:
         raise DatasetError(f"{path} is of no known kind; known are {', '.join(KINDS)}")
     reader = _LINES.get(_suffix(path))
+    told = dict.fromkeys(names) if lenient else None
     with _told(path):
-        yield from reader(path) if reader else _read_parquet(path, names, batch)
+        yield from reader(path, told) if reader else _read_parquet(path, names, batch)
 
 
 def _read_parquet(path: File, names: Sequence[str], rows: int) -> Iterator[Numbered]:
@@ -130,20 +158,37 @@ def _read_parquet(path: File, names: Sequence[str], rows: int) -> Iterator[Numbe
             count += len(batch)
 
 
-def _read_table(path: File) -> Iterator[Numbered]:
+def _read_table(path: File, told: _Told) -> Iterator[Numbered]:
     with _opened(path) as file:
         reader = csv.DictReader(file, **_TABLES[_suffix(path)])
-        yield from ((reader.line_num, row) for row in reader)
+        _ = reader.fieldnames  # without a header no row could be read
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                if told is None:
+                    raise
+                row = dict.fromkeys(told, Unread(f"{path}:{reader.line_num}: {error}"))
+            if row is None:
+                return
+            yield reader.line_num, row
 
 
-def _read_json_lines(path: File) -> Iterator[Numbered]:
+def _read_json_lines(path: File, told: _Told) -> Iterator[Numbered]:
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _row_of_json(line, f"{path}:{number}")
+            if not line.strip():
+                continue
+            try:
+                row = _row_of_json(line, f"{path}:{number}")
+            except DatasetError as error:
+                if told is None:
+                    raise
+                row = dict.fromkeys(told, Unread(str(error)))
+            yield number, row
 
 
-def _read_text(path: File) -> Iterator[Numbered]:
+def _read_text(path: File, _: _Told) -> Iterator[Numbered]:
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -167,7 +212,7 @@ _TABLES: dict[str, dict[str, Any]] = {
     # Published TSV files hold single quotation marks, which quoting would swallow rows by.
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
-_LINES: Mapping[str, Callable[[File], Iterator[Numbered]]] = {
+_LINES: Mapping[str, Callable[[File, _Told], Iterator[Numbered]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".csv": _read_table,
@@ -194,11 +239,17 @@ def _parquet(path: File) -> Iterator[pq.ParquetFile]:
 
 @contextmanager
 def _opened(path: File) -> Iterator[TextIO]:
-    """The text of a file, unpacked; only a line feed ends a line."""
+    """The text of a file, unpacked; only a line feed ends a line.
+
+    A byte that is no UTF-8 becomes a replacement character, so that it costs one row at most.
+    """
     with path.open("rb") as stream:
         raw: Any = stream if isinstance(path, Path) else io.BufferedReader(stream, _READ_AHEAD)
         content = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
-        with io.TextIOWrapper(content, encoding="utf-8-sig", newline="\n") as text:
+        content = content if hasattr(content, "peek") else io.BufferedReader(content)
+        if content.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DatasetError(f"{path} cannot be read: it is UTF-16; write it as UTF-8")
+        with io.TextIOWrapper(content, "utf-8-sig", errors="replace", newline="\n") as text:
             yield text
 
 

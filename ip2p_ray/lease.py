@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ip2p_ray import objects
-from ip2p_ray.errors import DatasetError, StageError, StorageError
+from ip2p_ray.errors import DatasetError, Ip2pError, StageError
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def held(uri: str, *, beat_s: float = BEAT_S, gone_s: float = GONE_S) -> Iterato
         while not stop.wait(beat_s):
             try:
                 lease.renew()
-            except StorageError as error:  # as long as nobody takes it over it is still held
+            except Ip2pError as error:  # as long as nobody takes it over it is still held
                 _log.warning("%s", error)
 
     thread = threading.Thread(target=beat, name="lease", daemon=True)

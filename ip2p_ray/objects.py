@@ -375,7 +375,11 @@ def _told(uri: str) -> Iterator[None]:
             f"{uri}: the object storage at {_where()} cannot be reached, or hangs up "
             f"({type(error).__name__}); check AWS_ENDPOINT_URL and the network"
         ) from error
-    except (botocore.exceptions.BotoCoreError, boto3.exceptions.Boto3Error) as error:
+    except (
+        botocore.exceptions.BotoCoreError,
+        boto3.exceptions.Boto3Error,
+        RuntimeError,  # botocore's for credentials that were refreshed and have expired still
+    ) as error:
         raise StorageError(f"{uri}: {error}") from error
 
 

@@ -14,13 +14,15 @@ uploaded, created or paid for twice.
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
+
+from ip2p_ray.command import is_web_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,9 @@ class FinetuneWriter:
             raise ValueError(f"--model {self.model}: there is no such folder")
         if self.examples is not None and not self.examples.is_file():
             raise ValueError(f"--examples {self.examples}: there is no such file")
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        if re.match(r"\w+:/", str(self.out)):
+            raise ValueError(f"--out {self.out}: a folder here, not one of a store")
+        if not is_web_address(self.base_url):
             raise ValueError("--base-url is like https://host/v1")
         for name in ("epochs", "batch_size", "workers"):
             if getattr(self, name) < 1:

@@ -1,4 +1,4 @@
-"""Triplets of captions: a language model writes an edit of each; nothing is ever paid for twice.
+"""Triplets of captions: a language model writes an edit of each; what was answered is kept.
 
     python jobs/write_triplets.py --captions runs/laion/captions --out runs/laion \
         --model gpt-4o-mini --max-usd 20 --usd-per-million 0.15 0.60
@@ -18,19 +18,37 @@
 <out>/triplets, <out>/rejects/triplets and the page <out>/triplets.html come out. Whenever it is
 stopped, the same command goes on; <out>/journal has every reply from the moment it arrived, and one
 in a bucket (endpoint, region and credentials as in jobs/collect_captions.py) a second later, or as
-long as the upload takes. The status is 0 when all is written, 3 when a spending cap stopped it
-(raise it and run the same command again), 1 for any other failure and 2 for a wrong flag.
+long as the upload takes. Nothing that it has is asked for again: a kill loses at most the requests
+in flight, and with a bucket the replies that were not uploaded yet. The status is 0 when all is
+written, 3 when a spending cap or a used-up quota stopped it (raise it and run the same command
+again), 1 for any other failure and 2 for a wrong flag.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
+
+from ip2p_ray.command import is_web_address, require_place
+
+NOT_LOCAL = (
+    "journal",
+    "form",
+    "examples",
+    "temperature",
+    "moderation",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "max_tokens",
+    "max_usd",
+    "usd_per_million",
+    "retry_rejects",
+)
+"""Flags that mean nothing with --writer local; a cap that bounds nothing is no cap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +118,13 @@ class WriteTriplets:
     def __post_init__(self) -> None:
         if self.writer == "openai" and not self.model:
             raise ValueError("--model names a model at the server")
+        told = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        if self.writer == "local" and told.intersection(NOT_LOCAL):
+            flag = next(name for name in NOT_LOCAL if name in told).replace("_", "-")
+            raise ValueError(f"--{flag} is of --writer openai, and --writer local has none")
         if self.writer == "local" and self.model and not Path(self.model).is_dir():
             raise ValueError(f"--model {self.model}: there is no such folder")
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        if not is_web_address(self.base_url):
             raise ValueError("--base-url is like https://host/v1")
         for name in ("captions", "out", "journal"):
             place = getattr(self, name) or ""
@@ -118,6 +139,10 @@ class WriteTriplets:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} is above 0")
+        if self.temperature != "server" and not 0 <= self.temperature <= 2:
+            raise ValueError('--temperature lies in [0, 2], or is "server"')
+        if not all(0 <= price < float("inf") for price in self.usd_per_million or ()):
+            raise ValueError("--usd-per-million are two prices of at least 0")
         if self.max_usd is not None and self.usd_per_million is None:
             raise ValueError("--max-usd needs --usd-per-million, the prices of reading and writing")
         if self.shots < 0 or self.gpus < 0 or not self.timeout > 0:
@@ -186,17 +211,19 @@ def _ask(job: WriteTriplets) -> None:
         if job.retry_rejects:
             count = replies.drop_unanswered(out)
             print(f"write_triplets: {count:,} captions without a reply are asked about again")
-        storage.check(asking.journal)
-        replies.check(captions, out, config, examples=examples, endpoint=asking.endpoint)
-        with run.ray_to_make(storage.join(out, "replies"), workers=job.actors):
-            made = ask_triplets(
-                captions,
-                out,
-                config,
-                examples=examples,
-                asking=asking,
-                held_out=job.held_out,
-            )
+        if storage.is_local(journal):
+            require_place("--journal", storage.local_path(journal), folder=True)
+        with replies.journal_held(journal, out):
+            replies.check(captions, out, config, examples=examples, endpoint=asking.endpoint)
+            with run.ray_to_make(storage.join(out, "replies"), workers=job.actors):
+                made = ask_triplets(
+                    captions,
+                    out,
+                    config,
+                    examples=examples,
+                    asking=asking,
+                    held_out=job.held_out,
+                )
     _tell(job, made.rows)
 
 
@@ -205,10 +232,12 @@ def _write(job: WriteTriplets) -> None:
     from ip2p_ray import presets, storage
     from ip2p_ray.clip import Clip
     from ip2p_ray.miniature.weights import WEIGHTS
-    from ip2p_ray.stages import run, vllm_writer
+    from ip2p_ray.stages import replies, run, vllm_writer
     from ip2p_ray.stages.triplets import TripletConfig, write_triplets
     from ip2p_ray.triplets.local_writer import LocalWriter
 
+    captions = storage.absolute(job.captions)
+    replies.require_captions(captions)
     engine = vllm_writer.chosen(job.engine, model=job.model, gpus=job.gpus)
     writer = Path(job.model or WEIGHTS / "writer").absolute()
     if engine == "transformers":
@@ -218,7 +247,6 @@ def _write(job: WriteTriplets) -> None:
         "writer": presets.folder_fingerprint(writer),
         "judge": Clip.load(judge).fingerprint() if judge else "openai",
     }
-    captions = storage.absolute(job.captions)
     out = storage.absolute(job.out)
     with run.locked(out), run.ray_to_make(storage.join(out, "replies"), workers=job.actors):
         made = write_triplets(

@@ -211,8 +211,11 @@ def test_columns_are_looked_for_before_anything_is_read(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line):
     path = tmp_path / "list.jsonl"
     path.write_text('"fine"\n' + line)
-    with pytest.raises(DatasetError, match=r"list\.jsonl:2"):
-        list(captions.read_captions(path))
+    fine, bad = captions.read_captions(path)
+    assert fine["caption"] == "fine"
+    text, reason = captions.clean_caption(bad["caption"])
+    assert reason == captions.NOT_TEXT
+    assert "list.jsonl:2" in text
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -221,3 +224,29 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(DatasetError, match=r"latin\.txt cannot be read"):
         list(captions.read_captions(tmp_path / "latin.txt"))
+
+
+def test_captions_that_differ_in_case_are_one():
+    rows = [{"caption": text} for text in ("A red boat", "a red boat", "A RED BOAT", "a red goat")]
+    reasons = [reason for _, reason in captions.collect(rows)]
+    assert reasons.count(captions.DUPLICATE) == 2
+    assert reasons[3] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "told"),
+    [
+        (
+            "a.jsonl",
+            '{"caption": "a red boat"}\n{"caption": \n{"caption": "a cat"}\n',
+            "a line of JS",
+        ),
+        ("a.csv", f'caption\na red boat\n"{"x" * 200_000}"\na cat\n', "field limit"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_a_reject(tmp_path, name, data, told):
+    (tmp_path / name).write_text(data)
+    rows = captions.CaptionFiles(paths=(tmp_path / name,))
+    found = list(captions.collect(rows))
+    assert [reason for _, reason in found] == [None, captions.NOT_TEXT, None]
+    assert told in found[1][0]["caption"]

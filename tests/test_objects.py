@@ -237,3 +237,10 @@ def test_uris():
     assert not objects.is_object("some/folder")
     assert storage.absolute("s3://bucket/a/") == "s3://bucket/a"
     assert storage.absolute("file:///data/a") == "/data/a"
+
+
+def test_credentials_that_stay_expired_are_one_sentence():
+    """botocore raises a bare RuntimeError of them."""
+    told = "s3://b/a: Credentials were refreshed"
+    with pytest.raises(StorageError, match=told), objects._told("s3://b/a"):
+        raise RuntimeError("Credentials were refreshed, but are still expired.")

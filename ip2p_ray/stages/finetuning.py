@@ -24,7 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ip2p_ray import storage
-from ip2p_ray.errors import ConfigError, ReplyError, StageError
+from ip2p_ray.errors import BudgetError, ConfigError, ReplyError, StageError
 from ip2p_ray.report import Report
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.progress import Progress
@@ -211,6 +211,8 @@ def finetune_at_server(
             logger.info("fine-tuning: %s %s: %s", tuning.status, tuning.job_id, tuning.message)
         model = tuning.model
     assert model is not None
+    # before the scores, which may fail or be stopped: this was paid for
+    logger.info("fine-tuning: the new model is %s", model)
     if not scored:
         return Tuned(model=model, before=None, after=None)
     journal = str(state.parent / "journal")
@@ -230,7 +232,7 @@ def _score_of(
     asked = WriterConfig(model=model, form=form, shots=0)
     try:
         replies = asyncio.run(_replies(asked, examples, endpoint, journal))
-    except ConfigError as error:
+    except (ConfigError, BudgetError) as error:
         logger.warning("fine-tuning: %s is not scored: %s", model, error)
         return None
 

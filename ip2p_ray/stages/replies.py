@@ -14,7 +14,7 @@ import fcntl
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any, TextIO
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from ip2p_ray import errors, storage
+from ip2p_ray import errors, lease, storage
 from ip2p_ray.captions import surely_fits
 from ip2p_ray.errors import (
     BudgetError,
@@ -40,7 +40,7 @@ from ip2p_ray.stages import plan, run
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.journal import Journal, JournalledWriter
 from ip2p_ray.triplets.limits import Limits, LimitsConfig, Usage
-from ip2p_ray.triplets.reply import NO_REPLY, Triplet, parse_reply, read_reply
+from ip2p_ray.triplets.reply import NO_REPLY, Triplet, encodable, parse_reply, read_reply
 from ip2p_ray.triplets.writer import OpenAIWriter, WriterConfig
 
 logger = logging.getLogger(__name__)
@@ -137,16 +137,17 @@ class AskReplies:
         try:
             reply = await self._writer.write(caption)
         except ReplyError as error:
-            return {"reply": str(error), "status": NO_REPLY}
+            return {"reply": encodable(str(error)), "status": NO_REPLY}
         except (Ip2pError, OSError) as error:
             # Not raised: Ray would end the actors, and lose what is in flight and paid for.
             own = self._turn.stop_by(error)
-            return {"reply": str(own), "status": f"{STOPPED} {type(own).__name__}"}
+            return {"reply": encodable(str(own)), "status": f"{STOPPED} {type(own).__name__}"}
         found = read_reply(caption, reply, fits=fits_openai)
+        text = encodable(reply.text)  # older journals hold what a table does not
         if isinstance(found, Triplet):
             texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
-            return {"reply": reply.text, "status": "ok", **texts}
-        return {"reply": reply.text, "status": found}
+            return {"reply": text, "status": "ok", **texts}
+        return {"reply": text, "status": found}
 
 
 class Count:
@@ -255,9 +256,38 @@ def check(
         ConfigError: no key, no server there, or none with that model; the text says which.
         DatasetError: the captions are not whole, or lack a column.
     """
-    _require_columns(plan.shards(captions))
+    require_captions(captions)
     if not storage.exists(storage.join(folder, "replies", storage.MANIFEST)):
         asyncio.run(_check(config, examples, endpoint))
+
+
+def require_captions(captions: str) -> None:
+    """Returns if the dataset is whole and has the columns of captions.
+
+    Raises:
+        DatasetError: it is not, or lacks one.
+    """
+    _require_columns(plan.shards(captions))
+
+
+@contextmanager
+def journal_held(journal: str, folder: str) -> Iterator[None]:
+    """A journal in a bucket for this process alone while the block runs, and surely writable.
+
+    Nothing is done where the folder has all replies. A journal on disk is for those alone who
+    lock it (`ask_replies`).
+
+    Raises:
+        StageError: another run is asking for it.
+        StorageError: it cannot be written to.
+    """
+    whole = storage.exists(storage.join(folder, "replies", storage.MANIFEST))
+    if whole or storage.is_local(journal):
+        yield
+        return
+    storage.check(journal)
+    with lease.held(storage.join(journal, ".lock")):
+        yield
 
 
 def ask_replies(
@@ -285,7 +315,7 @@ def ask_replies(
         _require_columns(sources)
         rows = plan.count_rows(sources)
         _wait_for_others(asking)
-        if any(_unfinished(uri)):
+        if _is_to_be_asked_again(uri):
             logger.info("replies: some captions have no reply yet; the others are in the journal")
             _drop(uri)
         with _journal(asking) as journal:
@@ -333,6 +363,8 @@ def drop_unanswered(folder: str) -> int:
         StageError: the folder has what was made of the triplets, which would no longer match.
     """
     replies = storage.join(folder, "replies")
+    if not storage.exists(storage.join(replies, storage.MANIFEST)):
+        return 0  # not whole yet: what has no reply there is asked for again anyway
     count = sum(1 for _ in _unfinished(replies))
     if not count:
         return 0
@@ -442,6 +474,14 @@ def _unfinished(uri: str) -> Iterator[tuple[str, str]]:
             for status, text in _columns(shard, "status", "reply"):
                 if _is_open(status):
                     yield status, text
+
+
+def _is_to_be_asked_again(uri: str) -> bool:
+    """Whether what an earlier attempt left has rows that are not final, or cannot be read."""
+    try:
+        return any(_unfinished(uri))
+    except (OSError, pa.ArrowException):
+        return True  # a kill cut a shard; the journal has all that is in it
 
 
 def _columns(shard: str, *names: str) -> Iterator[tuple[str, ...]]:

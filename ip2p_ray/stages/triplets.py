@@ -169,11 +169,18 @@ def _made(
         quality, report = _write_triplets(
             replies, triplets, held_out, origin.models["writer"], seconds
         )
-        page = triplets_page(report, quality, writer=origin.models["writer"])
-        storage.write_bytes(storage.join(folder, "triplets.html"), page.encode())
+        show(report, quality)
         return [report]
 
-    return run.make(triplets, origin, write)
+    def show(report: Report, quality: Quality) -> None:
+        text = triplets_page(report, quality, writer=origin.models["writer"])
+        storage.write_bytes(page, text.encode())
+
+    page = storage.join(folder, "triplets.html")
+    manifest = run.make(triplets, origin, write)
+    if not storage.exists(page):
+        show(Report(**manifest.reports[0]), _quality(triplets))
+    return manifest
 
 
 def _write_triplets(
@@ -204,6 +211,17 @@ def _write_triplets(
         raise StageError(f"triplets: no reply was usable: {report.line()}")
     shards.close()
     return tally.quality(), report
+
+
+def _quality(triplets: str) -> Quality:
+    """Of the triplets of a whole dataset."""
+    tally = Tally()
+    names = list(Triplet.__dataclass_fields__)
+    for shard in plan.shards(triplets):
+        for batch in pq.read_table(storage.opened(shard), columns=names).to_batches(_ROWS_AT_ONCE):
+            for row in batch.to_pylist():
+                tally.add(Triplet(**row))
+    return tally.quality()
 
 
 def _write_rejects(replies: str, rejects: str) -> list[Report]:

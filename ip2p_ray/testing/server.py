@@ -19,22 +19,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 from urllib.request import Request, urlopen
 
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.schema import stream_seed
 from ip2p_ray.triplets.prompt import CAPTION_END, INSTRUCTION_END, STOP, chat_reply
-
-_STATUS = {
-    200: "OK",
-    400: "Bad Request",
-    401: "Unauthorized",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    429: "Too Many Requests",
-    500: "Internal Server Error",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +85,10 @@ class Behaviour:
     """Names that it answers to and does not list."""
     lists_models: bool = True
     """Whether it has GET /models."""
+    models_status: int = 404
+    """What it answers there if not."""
+    moderates: bool = True
+    """Whether it has POST /moderations; 404 otherwise."""
     api_key: str | None = None
     """The key that requests have to bear; None takes any."""
     structured: bool = True
@@ -110,6 +105,12 @@ class Behaviour:
     """Words in captions that its filter keeps from the model; 400."""
     refused: tuple[str, ...] = ()
     """Words in captions that it refuses for no stated reason; 400."""
+    denied: tuple[tuple[str, int], ...] = ()
+    """Words in captions that it answers with another status, and which."""
+    text: str | None = None
+    """The text of every reply; None for an edit."""
+    usage: str | None = None
+    """JSON of what every reply has for `usage`; None for a count."""
 
 
 @dataclass(kw_only=True)
@@ -286,15 +287,20 @@ class FaultyServer:
             return _error(400, "The prompt was filtered", code="content_filter")
         if any(word in caption for word in behaviour.refused):
             return _error(400, "Invalid prompt")
+        for word, status in behaviour.denied:
+            if word in caption:
+                return _error(status, f"{HTTPStatus(status).phrase}, said the server")
         return None
 
     def _free(self, request: _Request) -> _Response:
         """The answer to whatever is not paid for."""
-        if request.path == "/v1/moderations":
+        if request.path == "/v1/moderations" and self.behaviour.moderates:
             return self._moderation(request.body)
         if request.path == "/counts":
             return _Response(200, vars(self.counts))
-        if request.path.startswith("/v1/models") and self.behaviour.lists_models:
+        if request.path.startswith("/v1/models"):
+            if not self.behaviour.lists_models:
+                return _error(self.behaviour.models_status, "There is no list")
             listed = [{"id": name, "object": "model"} for name in self.behaviour.models]
             return _Response(200, {"object": "list", "data": listed})
         return _error(404, f"Invalid URL ({request.method} {request.path})")
@@ -320,7 +326,9 @@ class FaultyServer:
         if kind is not None:
             self.counts.faults[kind] += 1
         chat = request.path == "/v1/chat/completions"
-        if kind == "empty":
+        if self.behaviour.text is not None:
+            text = self.behaviour.text
+        elif kind == "empty":
             text = ""
         elif kind == "refusal":
             text = "I'm sorry, but I can't help with that."
@@ -340,7 +348,8 @@ class FaultyServer:
             choice["text"] = text if stopped else text + STOP
         read = len(json.dumps(request.body)) // 4
         wrote = len(text) // 4 + 1
-        usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+        counted = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+        usage = counted if self.behaviour.usage is None else json.loads(self.behaviour.usage)
         body = {
             "id": "fake",
             "object": "chat.completion" if chat else "text_completion",
@@ -419,7 +428,7 @@ async def _send(
     """Sends a response, or another content with it, or its first half and then nothing more."""
     content = json.dumps(response.body).encode() if content is None else content
     lines = [
-        f"HTTP/1.1 {response.status} {_STATUS[response.status]}",
+        f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
         "content-type: application/json",
         f"content-length: {len(content)}",
         *(f"{name}: {value}" for name, value in response.headers),

@@ -27,6 +27,9 @@ _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _LONGEST_BACKOFF_S = 60.0
+_LONGEST_CONNECT_S = 10.0
+_NO_MONEY = 402
+_PASSING = (408, 425)
 _QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached")
 
 
@@ -34,11 +37,16 @@ class MalformedError(Exception):
     """A response of status 200 that is not what the API promises; never leaves this package."""
 
 
+class PassingError(openai.APIStatusError):
+    """A status for which the client has no type, and that may be another the next time."""
+
+
 AGAIN = (
     openai.APIConnectionError,  # and APITimeoutError
     openai.RateLimitError,
     openai.ConflictError,
     openai.InternalServerError,
+    PassingError,
     MalformedError,
 )
 """What may go better the next time."""
@@ -64,8 +72,12 @@ class Endpoint:
     """Longest pause that a server may ask for; for a longer one the run stops."""
 
     def __post_init__(self) -> None:
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        try:
+            url = urlsplit(self.base_url)
+            _ = url.port
+        except ValueError as error:
+            raise ConfigError(f"base_url is like https://host/v1: {error}") from error
+        if url.scheme not in ("http", "https") or not url.hostname or " " in self.base_url:
             raise ConfigError(
                 f"base_url is like https://host/v1, got {url.scheme}://{url.hostname or ''}"
             )
@@ -106,7 +118,9 @@ class Connection:
         self.client = openai.AsyncOpenAI(
             api_key=self._key or "none",
             base_url=endpoint.base_url,
-            timeout=endpoint.timeout_s,
+            timeout=openai.Timeout(
+                endpoint.timeout_s, connect=min(_LONGEST_CONNECT_S, endpoint.timeout_s)
+            ),
             max_retries=0,
         )
         self._sleep = sleep
@@ -123,20 +137,36 @@ class Connection:
         The error of the last attempt, `most` or the endpoint's number, is raised.
 
         Raises:
-            BudgetError: the server asks for a longer pause than the endpoint's patience.
+            BudgetError: the server asks for a longer pause than the endpoint's patience, or for
+                money.
         """
         most = self.endpoint.attempts if most is None else most
         for attempt in range(1, most):
             try:
-                return await request(attempt)
+                return await self._once(request, attempt)
             except AGAIN as error:
                 pause = self._pause(error, attempt)
                 _log.debug("attempt %d: %s; again in %.2f s", attempt, self.said(error), pause)
             await self._sleep(pause)
         try:
-            return await request(most)
+            return await self._once(request, most)
         except openai.RateLimitError as error:
             self._asked_pause(error)
+            raise
+
+    async def _once(self, request: Callable[[int], Awaitable[_T]], attempt: int) -> _T:
+        """What the request returns; statuses that the client knows no type of get one."""
+        try:
+            return await request(attempt)
+        except openai.APIStatusError as error:
+            if error.status_code == _NO_MONEY:
+                raise BudgetError(
+                    f"the account at {self.endpoint.base_url} has no money left: {self.said(error)}"
+                ) from error
+            if error.status_code in _PASSING:
+                raise PassingError(
+                    error.message, response=error.response, body=error.body
+                ) from error
             raise
 
     def refuse(self, error: openai.APIStatusError, what: str) -> NoReturn:
@@ -218,7 +248,7 @@ def key_of(endpoint: Endpoint) -> str | None:
     """The key from the environment; None where the server wants none.
 
     Raises:
-        ConfigError: the environment has none.
+        ConfigError: the environment has none, or something that cannot be a key.
     """
     if endpoint.api_key_env is None:
         return None
@@ -227,6 +257,11 @@ def key_of(endpoint: Endpoint) -> str | None:
         raise ConfigError(
             f"the environment variable {endpoint.api_key_env} holds no key for "
             f"{endpoint.base_url}; set it, or set api_key_env to None if the server wants none"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"the environment variable {endpoint.api_key_env} holds characters that no request "
+            "can carry; copy the key again"
         )
     return key
 

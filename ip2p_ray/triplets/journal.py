@@ -1,10 +1,11 @@
-"""Replies on disk the moment they arrive, so that none is ever paid for twice.
+"""Replies on disk the moment they arrive, so that none that is there is paid for again.
 
 A journal is a folder; each process that writes has a file of its own in it, and all read all
 files. A record is one line of JSON with a checksum at its end. A file is only ever appended to, and
 a reply counts from the moment it is on disk: whenever a process is killed, at most its last line is
 cut, and no reader takes a cut line for a record. A journal in a store of objects (`shelf`) is the
-same but for the moment: there a reply counts once it is put, which is done at most every second.
+same but for the moment: there a reply counts once it is put, which is done at most every second. So
+a kill costs at most what was in flight, and of a store what was not put yet.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ip2p_ray.errors import ConfigError, DatasetError, Ip2pError
+from ip2p_ray.errors import ConfigError, DatasetError, Ip2pError, StageError
 from ip2p_ray.places import Places
 from ip2p_ray.schema import reply_key
 from ip2p_ray.triplets.limits import NOTHING, Usage
@@ -200,9 +201,9 @@ class _Pen:
                     if failure is None:
                         self._shelf.append(b"".join(line for line, _ in batch))
                         self.batches += 1
-                except (OSError, Ip2pError) as error:
+                except Exception as error:  # noqa: BLE001 - else its writers would wait for ever
                     # What stands there now is not known: nothing may follow it.
-                    failure = error
+                    failure = _told(error)
                 for _, written in batch:
                     if failure is None:
                         written.set_result(None)
@@ -318,6 +319,15 @@ class JournalledWriter:
         del self._in_flight[key]
         if not task.cancelled():
             task.exception()  # looked at, even if every caller was cancelled
+
+
+def _told(error: Exception) -> OSError | Ip2pError:
+    """What a store raised, as an error that a run can be stopped by."""
+    if isinstance(error, OSError | Ip2pError):
+        return error
+    told = StageError(f"journal: {type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told
 
 
 def _line(key: str, reply: Reply) -> bytes:

@@ -39,7 +39,7 @@ class TripletFiles:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for path, names in [(path, columns_of(path)) for path in files.files_of(self.paths)]:
-            for row in files.read_rows(path, names):
+            for row in files.read_rows(path, names, lenient=True):
                 yield {**texts_of(row, names), "source": path.name}
 
 
@@ -86,8 +86,8 @@ def collect(
 ) -> Iterator[tuple[Triplet, str | None]]:
     """The triplet of each row, in order, with the reason to drop it or None.
 
-    The reasons are those of `captions.collect`, of `reply.parse_reply`, and DUPLICATE: of equal
-    captions with equal instructions one is kept. The rows are read twice.
+    The reasons are those of `captions.collect`, of `reply.parse_reply`, and DUPLICATE: of captions
+    and instructions that are equal but for case one is kept. The rows are read twice.
     """
     config = config or CaptionConfig()
     whole = fits or surely_fits
@@ -103,7 +103,8 @@ def collect(
         return caption_reason(triplet.caption, config, whole)
 
     def identify(found: tuple[Triplet, str | None]) -> tuple[str, str | None]:
-        return f"{found[0].caption}\n{found[0].instruction}", found[0].edited_caption
+        triplet = found[0]
+        return f"{triplet.caption}\n{triplet.instruction}".casefold(), triplet.edited_caption
 
     for (triplet, _), reason in keep_distinct(
         rows,

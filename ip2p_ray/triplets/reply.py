@@ -52,6 +52,7 @@ REASONS = (
 NO_REPLY is a stage's: `ReplyError`.
 """
 
+_MANY_WORDS = 4  # an instruction may well name a thing that a shorter caption is
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _REFUSAL = re.compile(
     r"\A\W*(i['\u2019]?m sorry|i am sorry|sorry|i can['\u2019]?t|i cannot|i can not|"
@@ -178,11 +179,21 @@ def _triplet(caption: str, parts: list[str], fits: Callable[[str], bool] | None)
         return UNCHANGED_CAPTION
     if normal(instruction) in (normal(caption), normal(edited_caption)):
         return INSTRUCTION_IS_CAPTION
+    if len(caption.split()) >= _MANY_WORDS and normal(caption) in normal(instruction):
+        return INSTRUCTION_IS_CAPTION
     if fits is not None and not all(map(fits, (caption, instruction, edited_caption))):
         return TOO_MANY_TOKENS
     return Triplet(caption, instruction, edited_caption)
 
 
+def encodable(text: str) -> str:
+    """The text with a question mark for each lone surrogate, which no table or request can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def normal(text: str) -> str:
-    """The text as the reference compares it: without case and full stops at its ends."""
-    return text.strip().strip(".!?").lower()
+    """The text as the reference compares it, without case and full stops at its ends.
+
+    That the spaces between its words do not matter either is ours.
+    """
+    return " ".join(text.split()).strip(".!?").strip().lower()

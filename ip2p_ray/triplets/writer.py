@@ -35,12 +35,13 @@ from ip2p_ray.triplets.prompt import (
     chat_messages,
     completion_prompt,
 )
-from ip2p_ray.triplets.reply import Reply, Triplet
+from ip2p_ray.triplets.reply import Reply, Triplet, encodable
 
 _log = logging.getLogger(__name__)
 
 _HARMLESS = "a cat"
 _CHECK_ATTEMPTS = 3
+_MOST_TOKENS = 2**40  # that a response may be said to have; above it the count is none
 _MESSAGE_TOKENS = 4  # that a chat model reads around each message
 _FILTER_CODES = ("content_filter", "content_policy_violation", "moderation_blocked")
 _FORMS: dict[str, tuple[str, Any]] = {
@@ -156,13 +157,16 @@ class OpenAIWriter:
         servers that load a folder do, the reply to one harmless caption decides.
 
         Raises:
-            ConfigError: one of them is wrong; the text says which.
+            ConfigError: one of them is wrong, or there is no moderation to show replies to; the
+            text says which.
+        BudgetError: the account has nothing left.
         """
         where = self._endpoint.base_url
         names: set[str] = set()
         try:
             with contextlib.suppress(openai.InternalServerError):  # `transformers serve`, no cache
                 names = await self._connection.attempts(self._names, _CHECK_ATTEMPTS)
+            await self._check_moderation()
             if self.model not in names:
                 await self._connection.attempts(self._try_out, _CHECK_ATTEMPTS)
         except openai.APIConnectionError as error:
@@ -199,7 +203,11 @@ class OpenAIWriter:
         except openai.APIStatusError as error:
             if error.code in _FILTER_CODES:
                 return _filtered(self.model)
-            if isinstance(error, _REFUSED) and await self._takes_others():
+            denied = isinstance(error, openai.PermissionDeniedError)
+            if (denied or isinstance(error, _REFUSED)) and (
+                # a right may have been taken away since the last reply
+                await self._takes_others(afresh=denied)
+            ):
                 said = self._connection.said(error)
                 raise ReplyError(f"the server refuses this caption: {said}") from error
             self._connection.refuse(error, self._what)
@@ -213,7 +221,7 @@ class OpenAIWriter:
         """
         if not self._config.moderation or reply.flagged is not None:
             return reply
-        texts = [text for text in (caption, reply.text) if text.strip()]
+        texts = [encodable(text) for text in (caption, reply.text) if text.strip()]
         try:
             flagged = await self._connection.attempts(lambda _: self._flagged(texts))
         except AGAIN as error:
@@ -262,17 +270,21 @@ class OpenAIWriter:
         """The reply to one request, sent again only without what the server does not know."""
         # `post` and not `create`: this walks through every message, for half of the time of a call
         path, form = _FORMS[self._config.form]
+        options = self._options()
         while True:
-            options = self._options()
             try:
                 body = {**question, **options}
                 answer = await self._connection.client.post(path, cast_to=form, body=body)
-                return self._reply(question, answer)
+                reply = self._reply(question, answer)
+                self._learn(options)
+                return reply
             except _REFUSED as error:
-                if not self._concedes(error, options):
+                conceded = self._conceded(error, options)
+                if conceded is None:
                     raise
-            except ValueError as error:
-                # a ValueError, no OpenAIError: the client could not read the body
+                options = conceded
+            except (ValueError, RecursionError) as error:
+                # no OpenAIError: the client could not read the body
                 raise MalformedError(f"the body is no JSON ({error})") from error
 
     def _options(self) -> dict[str, Any]:
@@ -284,23 +296,34 @@ class OpenAIWriter:
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
         return options
 
-    def _concedes(self, error: openai.APIStatusError, options: dict[str, Any]) -> bool:
-        """Whether a refused request may be sent again with other options.
+    def _conceded(
+        self, error: openai.APIStatusError, options: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """The options with which a refused request may be sent again; None if it may not.
 
         Only before the first reply: afterwards a refusal is about the caption.
         """
         if self._answered:
-            return False
+            return None
+        others = dict(options)
         if "max_tokens" in options and "max_completion_tokens" in error.message:
-            self._length_name = "max_completion_tokens"
-            return True
+            others["max_completion_tokens"] = others.pop("max_tokens")
+            return others
         if "response_format" in options and self._endpoint.structured == "auto":
-            if self._structured:
-                said = self._connection.said(error)
-                _log.info("%r takes no JSON schema, goes on without: %s", self, said)
+            del others["response_format"]
+            return others
+        return None
+
+    def _learn(self, options: dict[str, Any]) -> None:
+        """Asks from now on as it was just answered.
+
+        Not as soon as something is conceded: the refusal may have been about the caption.
+        """
+        if "max_tokens" not in options:
+            self._length_name = "max_completion_tokens"
+        if self._structured and "response_format" not in options:
+            _log.info("%r takes no JSON schema, goes on without", self)
             self._structured = False
-            return True
-        return False
 
     def _reply(self, question: dict[str, Any], answer: Any) -> Reply:
         """The Reply in a response, whose form the client has not checked."""
@@ -317,15 +340,15 @@ class OpenAIWriter:
                     text += STOP  # the server leaves out what it stopped at
         except (AttributeError, IndexError, TypeError) as error:
             raise MalformedError(f"the body is no reply ({error})") from error
-        counted = getattr(answer, "usage", None)
-        read = getattr(counted, "prompt_tokens", None)
-        wrote = getattr(counted, "completion_tokens", None)
+        text = encodable(text)
+        read = _counted(answer, "prompt_tokens")
+        wrote = _counted(answer, "completion_tokens")
         return Reply(
             text=text,
             finish_reason=finish_reason,
             model=str(getattr(answer, "model", None) or self.model),
-            prompt_tokens=_read_tokens(question) if read is None else int(read),
-            completion_tokens=estimated_tokens(text) if wrote is None else int(wrote),
+            prompt_tokens=_read_tokens(question) if read is None else read,
+            completion_tokens=estimated_tokens(text) if wrote is None else wrote,
         )
 
     async def _names(self, _: int) -> set[str]:
@@ -333,7 +356,7 @@ class OpenAIWriter:
         try:
             page = await self._connection.client.models.list()
         except openai.APIStatusError as error:
-            if error.status_code in (404, 405, 501):
+            if error.status_code in (403, 404, 405, 501):  # 403: a key for less than that
                 return set()
             raise
         except ValueError:
@@ -343,14 +366,29 @@ class OpenAIWriter:
     async def _try_out(self, attempt: int) -> Reply:
         return await self._paid(self._question(_HARMLESS), attempt)
 
-    async def _takes_others(self) -> bool:
-        """Whether the server answers some other caption than the one it has just refused."""
-        if not self._answered:
+    async def _takes_others(self, *, afresh: bool) -> bool:
+        """Whether the server answers some other caption than the one it has just refused.
+
+        A reply from before is enough to say so, unless it is to be asked `afresh`.
+        """
+        if afresh or not self._answered:
             try:
                 await self._connection.attempts(self._try_out, _CHECK_ATTEMPTS)
             except (*AGAIN, openai.APIStatusError):
                 return False
         return True
+
+    async def _check_moderation(self) -> None:
+        if not self._config.moderation:
+            return
+        where = self._endpoint.base_url
+        try:
+            await self._connection.attempts(lambda _: self._flagged([_HARMLESS]), _CHECK_ATTEMPTS)
+        except AGAIN as error:
+            said = self._connection.said(error)
+            raise ConfigError(f"{where}: moderation does not answer: {said}") from error
+        except openai.APIStatusError as error:
+            self._connection.refuse(error, "moderation")
 
     async def _flagged(self, texts: list[str]) -> bool:
         if not texts:
@@ -383,6 +421,14 @@ def _read_tokens(question: dict[str, Any]) -> int:
     texts = [message["content"] for message in question.get("messages", ())]
     texts = texts or [question["prompt"]]
     return sum(estimated_tokens(text) + _MESSAGE_TOKENS for text in texts)
+
+
+def _counted(answer: Any, name: str) -> int | None:
+    """The tokens of a response that its server counted; None where it says nothing usable."""
+    told = getattr(getattr(answer, "usage", None), name, None)
+    if isinstance(told, int | float) and 0 <= told < _MOST_TOKENS:
+        return int(told)
+    return None
 
 
 def _filtered(model: str) -> Reply:

@@ -70,6 +70,8 @@ def test_what_is_wrong_is_told_in_a_sentence(tmp_path):
         ([], 2, "--backend"),
         (["--backend", "openai"], 2, "--model names"),
         (["--backend", "local", "--model", tmp_path / "no"], 2, "no such folder"),
+        ([*server, "--base-url", "http://h:99999/v1"], 2, "--base-url is like"),
+        (["--backend", "local", "--out", "s3://bucket/w"], 2, "--out s3:/bucket/w: a folder here"),
         ([*server, "--held-out", "1"], 2, "--held-out lies in (0, 1)"),
         (server, 1, "the environment variable OPENAI_API_KEY holds no key"),
         (

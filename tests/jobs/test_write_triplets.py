@@ -19,6 +19,7 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.miniature.scores import random_captions
+from ip2p_ray.miniature.weights import WEIGHTS
 from ip2p_ray.objects import ObjectFolder, is_object
 from ip2p_ray.schema import REJECTS, TRIPLETS, caption_key, reply_key, triplet_key
 from ip2p_ray.stages.captions import collect_captions
@@ -107,6 +108,10 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path):
         (["--captions", "c", "--model", "m", "--max-usd", "5"], "--usd-per-million"),
         (["--captions", "c", "--model", "m", "--concurrency", "0"], "--concurrency is at least 1"),
         (["--captions", "c", "--model", "m", "--max-token", "1"], "--max-token"),
+        (["--captions", "c", "--model", "m", "--base-url", "http://h:99999/v1"], "--base-url is"),
+        (["--captions", "c", "--model", "m", "--temperature", "2.5"], "lies in [0, 2]"),
+        (["--captions", "c", "--model", "m", "--usd-per-million", "-1", "1"], "two prices"),
+        (["--captions", "c", "--writer", "local", "--max-usd", "5"], "--max-usd is of --writer o"),
         (["--captions", "c", "--writer", "local", "--model", tmp_path / "no"], "no such folder"),
         (["--captions", "c", "--model", "m", "--examples", tmp_path / "no"], "no such file"),
     ):
@@ -126,6 +131,11 @@ def test_what_is_wrong_is_told_in_one_sentence_before_any_spending(bucket, capti
             ({"--model": "other"}, "has no model 'other'; it has fake"),
             ({"--base-url": "http://127.0.0.1:9/v1"}, "cannot be reached"),
             ({"--base-url": "http://127.0.0.1:9/v1", "--captions": tmp_path}, "no manifest"),
+            ({"--journal": captions / storage.MANIFEST / "j"}, "is no folder"),
+            (
+                {"--writer": "local", "--model": WEIGHTS / "writer", "--captions": tmp_path},
+                "no manifest",
+            ),
             ({"--journal": "s3://test-none/journal"}, "there is no bucket test-none at http://"),
         ):
             flags = [part for flag in {**usual, **changes}.items() for part in flag]

@@ -1,4 +1,5 @@
 import json
+import logging
 from dataclasses import asdict
 
 import pytest
@@ -42,6 +43,16 @@ def test_both_models_are_scored_and_paid_for_once(tmp_path):
         asked = server.counts.requests.copy()
         assert tuned(server, tmp_path, examples) == found
         assert server.counts.requests == asked
+
+
+def test_a_new_model_is_named_though_the_quota_ends_before_its_score(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="ip2p_ray")
+    examples = load_examples()[:30]
+    finished(tmp_path, examples)
+    with FaultyServer(Behaviour(models=("base", "ft:base"), quota=False)) as server:
+        found = tuned(server, tmp_path, examples)
+    assert (found.model, found.before, found.after) == ("ft:base", None, None)
+    assert caplog.text.index("the new model is ft:base") < caplog.text.index("quota")
 
 
 def test_a_model_that_only_can_be_tuned_is_not_scored(tmp_path):

@@ -1,5 +1,6 @@
 """The stage against the faulty server: what comes out, what it costs, what stops it."""
 
+import asyncio
 import json
 
 import pyarrow as pa
@@ -8,17 +9,19 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.errors import BudgetError, ConfigError, DatasetError, StageError
-from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, triplet_key
-from ip2p_ray.stages import plan, replies
+from ip2p_ray.objects import ObjectFolder
+from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, reply_key, triplet_key
+from ip2p_ray.stages import plan, replies, run
 from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.stages.progress import Progress
 from ip2p_ray.stages.replies import REPLIES, Asking, AskReplies, Count, drop_unanswered
-from ip2p_ray.stages.triplets import ask_triplets
+from ip2p_ray.stages.triplets import _made, ask_triplets
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit
 from ip2p_ray.triplets.endpoint import Endpoint
+from ip2p_ray.triplets.journal import Journal
 from ip2p_ray.triplets.limits import LimitsConfig
-from ip2p_ray.triplets.reply import NO_REPLY
-from ip2p_ray.triplets.writer import WriterConfig
+from ip2p_ray.triplets.reply import NO_REPLY, Reply
+from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
 
 CONFIG = WriterConfig(model="fake", shots=0)
 
@@ -184,6 +187,44 @@ def test_what_is_wrong_is_told_before_anything_is_spent(tmp_path, monkeypatch):
         assert not server.counts.paid
 
 
+def test_a_cut_shard_is_asked_for_again(tmp_path):
+    folder = tmp_path / "replies"
+    folder.mkdir()
+    assert not replies._is_to_be_asked_again(str(folder))
+    (folder / "a_000000_000000.parquet").write_bytes(b"")
+    assert drop_unanswered(str(tmp_path)) == 0
+    assert replies._is_to_be_asked_again(str(folder))
+
+
+def test_a_journal_with_half_a_character_is_read(tmp_path):
+    text = "make it \ud83d"
+    with Journal(tmp_path) as journal:
+        key = reply_key("a cat", "fake", writer_recipe(CONFIG, []))
+        tokens = {"prompt_tokens": 1, "completion_tokens": 1}
+        journal.put(key, Reply(text=text, finish_reason="stop", model="fake", **tokens))
+    told = Asking(
+        journal=str(tmp_path),
+        endpoint=Endpoint(base_url="http://127.0.0.1:9/v1", api_key_env=None),
+        limits=LimitsConfig(),
+    )
+    captions = pa.table({"caption_key": ["a"], "caption": ["a cat"], "url": [None]})
+    asking = AskReplies(CONFIG, [], told)
+    (row,) = asyncio.run(asking(captions.cast(CAPTIONS))).to_pylist()
+    asking._sign.close()
+    assert (row["reply"], row["status"]) == ("make it ?", "unparseable")
+
+
+def test_a_journal_in_a_bucket_is_one_runs_alone(bucket, tmp_path):
+    journal, folder = f"{bucket}/journal", str(tmp_path)
+    with replies.journal_held(journal, folder):
+        assert len(Journal(ObjectFolder(journal))) == 0
+        assert storage.exists(f"{journal}/.lock")
+    assert not storage.exists(f"{journal}/.lock")
+    storage.write_manifest(f"{folder}/replies", storage.Manifest(dataset="replies"))
+    with replies.journal_held("s3://no-such-bucket/journal", folder):
+        pass  # nothing is going to be asked for
+
+
 class Told:
     """Looks like the handle of an actor."""
 
@@ -233,3 +274,30 @@ def test_asking_says_what_is_wrong_with_it():
 
 def test_a_dataset_of_replies_has_what_triplets_are_made_of():
     assert set(CAPTIONS.names) < set(REPLIES.names)
+
+
+def test_a_page_that_is_gone_is_written_again(tmp_path):
+    asked = run.Origin(dataset="replies", config={}, models={"writer": "fake 0"})
+    rows = [
+        {
+            "caption_key": f"{number:032x}",
+            "caption": f"a red boat {number}",
+            "url": None,
+            "reply": "r",
+            "status": "ok" if number else "refused",
+            "instruction": "make it blue",
+            "edited_caption": f"a blue boat {number}",
+        }
+        for number in range(5)
+    ]
+    uri = str(tmp_path / "replies")
+    storage.write_shard(uri, "a", pa.Table.from_pylist(rows, schema=REPLIES))
+    storage.write_manifest(uri, storage.Manifest(dataset="replies"))
+    page = tmp_path / "triplets.html"
+    made = []
+    for _ in range(2):
+        assert _made(str(tmp_path), asked, {}, 0.05, 1.0).rows == 4
+        made.append(page.read_text())
+        page.unlink()
+    assert made[0] == made[1]
+    assert "4 of 5 replies are triplets" in made[0]

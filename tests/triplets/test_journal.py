@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ip2p_ray.errors import ConfigError, DatasetError, ReplyError
+from ip2p_ray.errors import ConfigError, DatasetError, ReplyError, StageError
 from ip2p_ray.schema import reply_key
 from ip2p_ray.triplets.journal import Journal, JournalledWriter
 from ip2p_ray.triplets.limits import Usage
@@ -402,3 +402,26 @@ def test_moderation_comes_after_the_reply_is_safe_and_once(tmp_path):
     assert asyncio.run(main(Fake())) == ([None] * 3, ["a", "b"], [])
     assert asyncio.run(main(Fake({"b"}))) == ([False, True, False], [], ["a", "b"])
     assert asyncio.run(main(Fake({"b"}))) == ([False, True, False], [], [])
+
+
+class Expired:
+    """A store that raises what no store should."""
+
+    def __str__(self):
+        return "expired"
+
+    def list(self):
+        return iter(())
+
+    def read(self, name, start):
+        return b""
+
+    def put(self, name, data):
+        raise RuntimeError("Credentials were refreshed, but are still expired.")
+
+
+def test_nobody_waits_for_ever_for_a_store_that_raises_anything():
+    journal = Journal(Expired())
+    for name in "ab":
+        with pytest.raises(StageError, match="journal: RuntimeError: Credentials were refreshed"):
+            journal.submit(key(name), reply()).result(timeout=60)

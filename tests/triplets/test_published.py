@@ -109,3 +109,9 @@ def test_the_language_of_the_caption_counts():
     rows = [row("Ein Hund mit einem Ball auf der Wiese", "make it night", "Ein Hund bei Nacht")]
     [(_, reason)] = published.collect(rows, CaptionConfig(language="en"))
     assert reason == captions.WRONG_LANGUAGE
+
+
+def test_instructions_that_differ_in_case_are_one():
+    row = {"caption": "a red boat", "edited_caption": "a blue boat"}
+    rows = [{**row, "instruction": text} for text in ("make it blue", "Make it blue")]
+    assert {reason for _, reason in published.collect(rows)} == {None, reply.DUPLICATE}

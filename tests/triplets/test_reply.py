@@ -44,6 +44,8 @@ def test_parts_are_stripped_and_what_follows_the_stop_is_ignored():
         ("paint it blue\n%%\na RED boat at sea!\nEND", reply.UNCHANGED_CAPTION),
         ("a red boat at sea\n%%\nA blue boat\nEND", reply.INSTRUCTION_IS_CAPTION),
         ("A blue boat!\n%%\na blue boat\nEND", reply.INSTRUCTION_IS_CAPTION),
+        ("Edit: a red  boat at sea, now blue\n%%\nA blue boat\nEND", reply.INSTRUCTION_IS_CAPTION),
+        ("make it blue\n%%\nA red  boat at sea .\nEND", reply.UNCHANGED_CAPTION),
     ],
 )
 def test_other_replies_have_a_reason(text, reason):

@@ -1,6 +1,7 @@
 """The official client against real HTTP: faults, limits, refusals, and what each of them means."""
 
 import asyncio
+import json
 import logging
 import random
 from collections import Counter
@@ -479,6 +480,10 @@ def test_writer_configs_that_mean_nothing_are_refused(fields, sentence):
     [
         ({"base_url": "api.openai.com/v1"}, "base_url is like https://host/v1"),
         ({"base_url": "ftp://host/v1"}, "got ftp://host"),
+        ({"base_url": "http://host:99999/v1"}, "base_url is like https://host/v1: Port out of"),
+        ({"base_url": "http://host:abc/v1"}, "base_url is like https://host/v1: Port could not"),
+        ({"base_url": "http://[::1/v1"}, "base_url is like https://host/v1: Invalid IPv6"),
+        ({"base_url": "http://local host/v1"}, "got http://local host"),
         ({"base_url": "https://me:secret@host/v1"}, "base_url of host holds a password"),
         ({"structured": "yes"}, "structured is auto, json_schema or off, got 'yes'"),
         ({"timeout_s": 0.0}, "timeout_s is above 0"),
@@ -489,3 +494,105 @@ def test_endpoints_that_mean_nothing_are_refused(fields, sentence):
     with pytest.raises(ConfigError, match=sentence) as caught:
         Endpoint(**fields)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ({"prompt_tokens": 7, "completion_tokens": 3}, True),
+        ({"prompt_tokens": [1], "completion_tokens": {}}, False),
+        ({"prompt_tokens": "many", "completion_tokens": -3}, False),
+        ([1, 2], False),
+    ],
+)
+def test_a_reply_is_kept_whatever_the_server_says_it_counted(usage, counted):
+    with FaultyServer(Behaviour(usage=json.dumps(usage))) as server:
+        reply = write(made(server), "a red boat")
+        assert server.counts.paid == {"a red boat": 1}
+    assert (reply.usage == Usage(7, 3)) is counted
+    assert min(reply.usage) >= 3
+
+
+def test_half_a_character_in_a_reply_does_no_harm():
+    with FaultyServer(Behaviour(text="make it \ud83d")) as server:
+        assert write(made(server)).text == "make it ?"
+
+
+@pytest.mark.parametrize("answered_before", [True, False])
+def test_a_right_that_lacks_for_one_caption_is_that_captions_failure(answered_before):
+    async def work(writer):
+        if answered_before:
+            await writer.write("a dog")
+        with pytest.raises(ReplyError, match="refuses this caption: Forbidden, said the server"):
+            await writer.write("a bomb")
+        return await writer.write("a boat")
+
+    with FaultyServer(Behaviour(denied=(("bomb", 403),))) as server:
+        assert run(made(server), work).finish_reason == "stop"
+
+
+def test_a_right_that_is_taken_away_stops_the_run():
+    async def work(writer):
+        await writer.write("a dog")
+        server.behaviour = Behaviour(denied=(("", 403),))
+        await writer.write("a boat")
+
+    with FaultyServer() as server, pytest.raises(ConfigError, match="refuses the key in TEST_KEY"):
+        run(made(server), work)
+
+
+@pytest.mark.parametrize("status", [408, 425])
+def test_a_status_that_passes_is_one_captions_failure_at_most(status):
+    sleeps = Sleeps()
+    told = r"no reply in 3 attempts, the last: .*said the server"
+    behaviour = Behaviour(denied=(("bomb", status),))
+    with FaultyServer(behaviour) as server, pytest.raises(ReplyError, match=told):
+        write(made(server, sleep=sleeps, attempts=3), "a bomb")
+    assert len(sleeps.all) == 2
+
+
+def test_an_account_without_money_is_a_budget():
+    with FaultyServer(Behaviour(denied=(("boat", 402),))) as server:
+        with pytest.raises(BudgetError, match="has no money left: Payment Required"):
+            write(made(server))
+        assert server.counts.requests.total() == 1
+
+
+def test_a_key_that_may_not_list_models_may_write():
+    with FaultyServer(Behaviour(lists_models=False, models_status=403)) as server:
+        checked(made(server))
+        assert server.counts.paid == {"a cat": 1}
+
+
+def test_a_server_without_moderation_is_told_before_anything_is_paid():
+    with FaultyServer(Behaviour(moderates=False, lists_models=False)) as server:
+        with pytest.raises(ConfigError, match="has no moderation: Invalid URL"):
+            checked(made(server, moderation=True))
+        assert server.counts.paid == {}
+        checked(made(server))
+        server.behaviour = Behaviour()
+        checked(made(server, moderation=True))
+
+
+def test_a_caption_that_is_refused_first_leaves_the_schema_on():
+    async def work(writer):
+        with pytest.raises(ReplyError, match="refuses this caption"):
+            await writer.write("a bomb")
+        await writer.write("a dog")
+
+    with FaultyServer(Behaviour(refused=("bomb",))) as server:
+        run(made(server), work)
+        assert "response_format" in server.received[-1]
+
+
+def test_a_key_that_no_request_can_carry_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "sk-abc\N{HORIZONTAL ELLIPSIS}")
+    with pytest.raises(ConfigError, match="TEST_KEY holds characters that no request") as caught:
+        made("http://127.0.0.1:9/v1")
+    assert "sk-abc" not in str(caught.value)
+
+
+def test_nobody_waits_long_for_a_connection():
+    for timeout_s, connect_s in ((120.0, 10.0), (2.0, 2.0)):
+        timeout = made("http://127.0.0.1:9/v1", timeout_s=timeout_s)._connection.client.timeout
+        assert (timeout.read, timeout.connect) == (timeout_s, connect_s)
