@@ -64,8 +64,8 @@ class Forecast:
 
     def _carried(self) -> str:
         return (
-            f"plan: the pictures of a triplet, about {size(self.triplet_bytes)}, go to the judge in "
-            "one piece; with --judge-actors 0 they stay where they are made"
+            f"plan: a triplet's pictures, about {size(self.triplet_bytes)}, go to the judge in one "
+            "piece; with --judge-actors 0 they stay where they are made"
         )
 
     @property
