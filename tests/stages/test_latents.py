@@ -21,7 +21,7 @@ def test_the_pairs_of_the_train_split_are_encoded(made):
 
 
 def test_a_latent_does_not_depend_on_its_batch(made):
-    shard = pq.read_table(f"{made.uri('pairs')}/train-00000.parquet")
+    shard = pq.read_table(f"{made.uri('pairs')}/train-00000-00000.parquet")
     (alone,) = EncodePairs(made.preset.generator)(shard.slice(1, 1)).to_pylist()
     stored = storage.read_dataset(made.uri("latents"), LATENTS).to_pylist()
     (kept,) = (row for row in stored if row["pair_key"] == alone["pair_key"])
