@@ -23,7 +23,7 @@ def test_fast_makes_the_same_kind_of_data_cheaper():
     assert fast.judge == paper.judge
     assert fast.pairs.thresholds == paper.pairs.thresholds
     work = [preset.pairs.steps * preset.pairs.candidates for preset in (paper, fast)]
-    assert work[0] == 100 * work[1]
+    assert work[0] == 12.5 * work[1]
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
