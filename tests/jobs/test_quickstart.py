@@ -179,7 +179,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_an_undisturbed_one(slow_weight
     command = [sys.executable, str(JOB), *map(str, arguments)]
 
     def candidates():
-        return len(list((out / "candidates").glob("*.parquet")))
+        return len(list((out / "candidates").rglob("*.parquet")))
 
     job = start_until(command, lambda: candidates() >= 1)
     os.killpg(job.pid, signal.SIGINT)
