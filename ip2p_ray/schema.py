@@ -136,6 +136,13 @@ LATENTS = pa.schema(
     ]
 )
 
+# What a dataset of latents may have beside LATENTS, see `latents.TextForm`.
+LATENT_TEXTS: tuple[pa.Field, ...] = (
+    pa.field("tokens", pa.list_(pa.int32())),  # of the instruction, padded to the encoder's length
+    pa.field("embedding", pa.binary()),  # float16, C order: the text encoder's last hidden state
+    pa.field("embedding_shape", pa.list_(pa.int32())),  # [token, channel]
+)
+
 REJECTS = pa.schema(
     [
         ("stage", pa.string()),  # the dataset that the row would have belonged to

@@ -20,7 +20,7 @@ LINES = (
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
     {
         *("candidates", "pairs", "generator", "filtering", "search"),
-        *("latents", "training", "checkpoint"),
+        *("mapped", "latents", "pictures", "training", "checkpoint"),
         *("rules", "layouts", "own_pairs", "export"),
     },
     # presets gathers the configs of the lines above; nothing above reads it

@@ -130,14 +130,22 @@ class StableDiffusion:
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """What cross-attention reads, (row, token, channel); "" is the unconditional text."""
-        tokens = self.tokenizer(
+        return self.encode_tokens(self.tokens(texts))
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """The texts' token numbers, int64 (row, token), cut or padded to `text_length`."""
+        found: Tensor = self.tokenizer(
             list(texts),
             padding="max_length",
             max_length=self.text_length,
             truncation=True,
             return_tensors="pt",
-        )
-        hidden: Tensor = self.text_encoder(tokens["input_ids"].to(self.device))[0]
+        )["input_ids"]
+        return found
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """As `encode_text`, of token numbers (row, token), where the text encoder lies."""
+        hidden: Tensor = self.text_encoder(tokens.to(self.text_encoder.device))[0]
         return hidden
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:

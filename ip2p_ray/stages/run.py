@@ -389,3 +389,16 @@ def _make_importable() -> None:
     root = str(Path(ip2p_ray.__file__).resolve().parent.parent)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{before}" if before else root
+
+
+def in_task(resources: Resources, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns, run where an actor of such resources would be.
+
+    Raises:
+        Ip2pError: as the function.
+    """
+    task: Any = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(work)
+    try:
+        return ray.get(task.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise own_error(error) or error from None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
+
+Text = TypeVar("Text")
 
 NULL_INSTRUCTION = ""
 
@@ -24,14 +27,27 @@ def dropout_masks(uniforms: torch.Tensor, rate: float = 0.05) -> tuple[torch.Ten
     return text, image
 
 
-def drop_instructions(instructions: Sequence[str], dropped: torch.Tensor) -> list[str]:
-    """The instructions with the empty one in place of each dropped row; dropped is bool (row,)."""
+def drop_instructions(
+    instructions: Sequence[Text], dropped: torch.Tensor, null: Text | str = NULL_INSTRUCTION
+) -> list[Text]:
+    """The instructions with the empty one in place of each dropped row; dropped is bool (row,).
+
+    They are texts, or token numbers if `null` is.
+    """
     if len(instructions) != len(dropped):
         raise ValueError(f"{len(instructions)} instructions but {len(dropped)} rows of the mask")
+    empty: Any = null
     return [
-        NULL_INSTRUCTION if gone else text
-        for text, gone in zip(instructions, dropped.tolist(), strict=True)
+        empty if gone else text for text, gone in zip(instructions, dropped.tolist(), strict=True)
     ]
+
+
+def drop_embeddings(
+    embeddings: torch.Tensor, dropped: torch.Tensor, null: torch.Tensor
+) -> torch.Tensor:
+    """The embeddings (row, token, channel) with that of the empty text in dropped rows."""
+    gone = dropped.to(embeddings.device)[:, None, None]
+    return torch.where(gone, null.to(embeddings), embeddings)
 
 
 def drop_images(image_latents: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ def ramped_decay(decay: float, update: int) -> float:
 
 
 class Ema:
-    """The average of a module's parameters, in float32 on their device, by parameter name.
+    """The average of a module's trained parameters, in float32 on their device, by parameter name.
 
     It starts as a copy of the weights at hand, so build it after they are loaded. `update` is
     called once an optimizer step (the reference calls it once a micro-batch: with its four
@@ -39,6 +39,7 @@ class Ema:
         self.shadow = {
             name: parameter.detach().to(torch.float32, copy=True)
             for name, parameter in module.named_parameters()
+            if parameter.requires_grad
         }
 
     @torch.no_grad()
@@ -63,16 +64,26 @@ class Ema:
     def copy_to(self, module: nn.Module) -> None:
         """Overwrite the module's weights with the average."""
         for name, parameter in module.named_parameters():
-            parameter.copy_(self.shadow[name])
+            if name in self.shadow:
+                parameter.copy_(self.shadow[name])
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
-        """The module holds the average inside the block and its own weights after it."""
-        kept = {name: value.detach().clone() for name, value in module.named_parameters()}
+        """The module holds the average inside the block and its own weights after it.
+
+        Float32 weights change places with the average, so that no memory is needed for a third
+        copy; `shadow` holds them meanwhile.
+        """
+        self._exchange(module)
         try:
-            self.copy_to(module)
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in module.named_parameters():
-                    parameter.copy_(kept[name])
+            self._exchange(module)
+
+    @torch.no_grad()
+    def _exchange(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            if name in self.shadow:
+                own = parameter.detach().clone()
+                parameter.copy_(self.shadow[name])
+                self.shadow[name].copy_(own)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,12 +17,22 @@ from torch import nn
 
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, Ip2pError
-from ip2p_ray.training.dropout import drop_images, drop_instructions, dropout_masks
+from ip2p_ray.training.ahead import Ahead, made_ahead
 from ip2p_ray.training.ema import Ema
-from ip2p_ray.training.feed import Batch, Feed, Latents, micro_batch_size, read_batch
-from ip2p_ray.training.loss import edited_latents, editing_loss
+from ip2p_ray.training.feed import (
+    Batch,
+    Feed,
+    Latents,
+    PictureBatch,
+    Pictures,
+    Visit,
+    micro_batch_size,
+    read_batch,
+    read_pictures,
+)
+from ip2p_ray.training.inputs import InputMaker
+from ip2p_ray.training.loss import editing_loss
 from ip2p_ray.training.state import TrainState, check_same_run
-from ip2p_ray.training.text import TextCache
 from ip2p_ray.training.unet import widen
 
 
@@ -94,6 +104,8 @@ class Metrics:
     ema_decay: float
     seconds: float
     """Wall time of the step on this rank."""
+    waited: float = 0.0
+    """Seconds of these that this rank waited for data."""
 
 
 def start(model: StableDiffusion, config: TrainConfig) -> TrainState:
@@ -116,15 +128,21 @@ def start(model: StableDiffusion, config: TrainConfig) -> TrainState:
 
 def train(
     model: StableDiffusion,
-    dataset: Latents,
+    dataset: Latents | Pictures,
     config: TrainConfig,
     *,
     rank: int = 0,
     world_size: int = 1,
+    micro_batch: int | None = None,
+    readers: int = 1,
     wrap: Callable[[nn.Module], nn.Module] | None = None,
     state: TrainState | None = None,
 ) -> Iterator[Metrics]:
     """One Metrics an optimizer step, from the state's step to `config.steps`.
+
+    With `micro_batch`, a rank's part of the batch is split into parts of so many samples at most,
+    whatever the world size, and `config.gradient_accumulation` is not looked at; without it, the
+    batch has to split evenly. `readers` threads read what the next steps need.
 
     The model's UNet is trained in place; its text encoder and autoencoder stay as they are. Pass
     the `state` that `start` made (restored from a checkpoint, if there is one) and save it between
@@ -137,15 +155,25 @@ def train(
     """
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank lies in [0, world_size), got {rank} of {world_size}")
-    micro_batch_size(config.batch_size, world_size, config.gradient_accumulation)
+    feed = Feed(len(dataset), config.batch_size, config.seed)
+
+    def parts(step: int) -> list[list[Visit]]:
+        if micro_batch is not None:
+            return feed.share(step, rank=rank, world_size=world_size, most=micro_batch)
+        parts = config.gradient_accumulation
+        return feed.part(step, rank=rank, world_size=world_size, parts=parts)
+
+    if micro_batch is None:
+        micro_batch_size(config.batch_size, world_size, config.gradient_accumulation)
+    parts(0)
     state = state or start(model, config)
     if state.unet is not model.unet:
         raise ConfigError("the state belongs to another model than the one given")
     run = {"seed": config.seed, "batch_size": config.batch_size, "dataset": dataset.digest}
     check_same_run(state.run, run)
     state.run = run
-    loop = _Loop(model, dataset, config, state, rank, world_size, wrap)
-    return loop.run()
+    loop = _Loop(model, dataset, config, state, parts, world_size, wrap)
+    return loop.run(readers)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -164,35 +192,47 @@ class _Loop:
     def __init__(
         self,
         model: StableDiffusion,
-        dataset: Latents,
+        dataset: Latents | Pictures,
         config: TrainConfig,
         state: TrainState,
-        rank: int,
+        parts: Callable[[int], list[list[Visit]]],
         world_size: int,
         wrap: Callable[[nn.Module], nn.Module] | None,
     ) -> None:
         self.model, self.dataset, self.config, self.state = model, dataset, config, state
-        self.rank, self.world_size = rank, world_size
+        self.parts, self.world_size = parts, world_size
         self.device = next(state.unet.parameters()).device
-        self.feed = Feed(len(dataset), config.batch_size, config.seed)
-        self.text = TextCache(model.encode_text)
+        self.inputs = InputMaker(model, self.device)
         if config.gradient_checkpointing:
             state.unet.enable_gradient_checkpointing()  # type: ignore[operator]
         self.unet = wrap(state.unet) if wrap else state.unet
 
-    def run(self) -> Iterator[Metrics]:
-        while self.state.step < self.config.steps:
-            self.state.unet.train()
-            yield self._step()
+    def run(self, readers: int) -> Iterator[Metrics]:
+        every = (
+            visits
+            for step in range(self.state.step, self.config.steps)
+            for visits in self.parts(step)
+        )
+        with made_ahead(self._read, every, threads=readers, depth=readers + 1) as batches:
+            while self.state.step < self.config.steps:
+                self.state.unet.train()
+                yield self._step(batches)
         self.state.unet.eval()
 
-    def _step(self) -> Metrics:
+    def _read(self, visits: Sequence[Visit]) -> Batch | PictureBatch:
+        seed, flips = self.config.seed, self.config.flips
+        if isinstance(self.dataset, Pictures):
+            return read_pictures(self.dataset, visits, seed, flips=flips)
+        return read_batch(self.dataset, visits, seed, flips=flips)
+
+    def _step(self, batches: Ahead[Batch | PictureBatch]) -> Metrics:
         began = time.perf_counter()
+        batches.waited = 0.0
         state, config = self.state, self.config
         rate = learning_rate(config, state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._accumulate_gradients()
+        loss = self._accumulate_gradients(batches)
         if not math.isfinite(loss):
             state.optimizer.zero_grad(set_to_none=True)
             raise Ip2pError(
@@ -212,19 +252,19 @@ class _Loop:
             grad_norm=grad_norm,
             ema_decay=ema_decay,
             seconds=time.perf_counter() - began,
+            waited=batches.waited,
         )
 
-    def _accumulate_gradients(self) -> float:
+    def _accumulate_gradients(self, batches: Ahead[Batch | PictureBatch]) -> float:
         """The mean loss of the step's batch, its gradient left in the parameters."""
-        parts = self.config.gradient_accumulation
-        micro_batches = self.feed.part(
-            self.state.step, rank=self.rank, world_size=self.world_size, parts=parts
-        )
+        sizes = [len(visits) for visits in self.parts(self.state.step)]
         total = torch.zeros((), device=self.device)
-        for number, visits in enumerate(micro_batches, start=1):
-            batch = read_batch(self.dataset, visits, self.config.seed, flips=self.config.flips)
-            with self._communicate(last=number == parts):
-                loss = self._loss(batch) / parts
+        for number, size in enumerate(sizes, start=1):
+            batch = batches.next()
+            # ranks' gradients are averaged, and every sample of the batch counts the same
+            weight = size * self.world_size / self.config.batch_size
+            with self._communicate(last=number == len(sizes)):
+                loss = self._loss(batch) * weight
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return float(_mean_over_ranks(total, self.world_size))
@@ -234,27 +274,19 @@ class _Loop:
         no_sync = getattr(self.unet, "no_sync", None)
         return nullcontext() if last or no_sync is None else no_sync()
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def _loss(self, batch: Batch | PictureBatch) -> torch.Tensor:
         """The mean loss of a micro-batch, a scalar."""
-        schedule, config = self.model.schedule, self.config
-        text_dropped, image_dropped = dropout_masks(batch.dropout, config.dropout)
-        text = self.text(drop_instructions(batch.instructions, text_dropped))
-        count = len(schedule.alphas_cumprod)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+        inputs = self.inputs(batch, self.config.dropout)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
             losses = editing_loss(
                 self.unet,
-                schedule,
-                latents=edited_latents(
-                    batch.edited_mean.to(self.device),
-                    batch.edited_std.to(self.device),
-                    batch.posterior_noise.to(self.device),
-                    self.model.scaling_factor,
-                ),
-                image_latents=drop_images(batch.source_mode, image_dropped).to(self.device),
-                text=text.to(self.device, torch.float32),
-                noise=batch.noise.to(self.device),
-                timesteps=(batch.timesteps * count).long().to(self.device),
-                min_snr_gamma=config.min_snr_gamma,
+                self.model.schedule,
+                latents=inputs.latents,
+                image_latents=inputs.image_latents,
+                text=inputs.text,
+                noise=inputs.noise,
+                timesteps=inputs.timesteps,
+                min_snr_gamma=self.config.min_snr_gamma,
             )
         return losses.mean()
 

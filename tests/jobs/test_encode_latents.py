@@ -1,0 +1,190 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ip2p_ray import storage
+from ip2p_ray.diffusion.model import StableDiffusion
+from ip2p_ray.images import encode_png, to_pil
+from ip2p_ray.latents import LatentDataset
+from ip2p_ray.schema import PAIRS
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+JOB = ROOT / "jobs" / "encode_latents.py"
+
+FLAGS = {
+    *("--pairs", "--out", "--preset", "--model", "--text", "--held-out", "--no-held-out"),
+    *("--resolution", "--dtype", "--dry-run", "--no-dry-run", "--actors", "--most-actors"),
+    *("--gpus", "--cpus", "--batch-size"),
+}
+"""Public: a flag that goes away, or changes its name, breaks somebody's command."""
+
+
+def command(*arguments):
+    return [sys.executable, str(JOB), *map(str, arguments)]
+
+
+def run_job(*arguments):
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "400"},
+    )
+
+
+def write_pairs(uri, count, side=64, sides=None):
+    """A whole dataset of so many pairs of noise, every fifth of them held out."""
+    random = np.random.default_rng(0)
+    for split in ("train", "held_out"):
+        rows = []
+        for number in range(count):
+            if (number % 5 == 4) != (split == "held_out"):
+                continue
+            own = (sides or [side])[number % len(sides or [side])]
+            images = random.integers(0, 256, (2, own, own, 3), dtype=np.uint8)
+            source, edited = ({"bytes": encode_png(to_pil(i)), "path": None} for i in images)
+            rows.append(
+                dict.fromkeys(PAIRS.names)
+                | {
+                    "pair_key": f"pair {number:04d}",
+                    "triplet_key": f"triplet {number // 2:04d}",
+                    "instruction": f"make it {number % 3}",
+                    "split": split,
+                    "source_image": source,
+                    "edited_image": edited,
+                }
+            )
+        storage.write_shard(uri, f"{split}-00000", pa.Table.from_pylist(rows, schema=PAIRS))
+    storage.write_manifest(uri, storage.Manifest(dataset="pairs", recipe=f"noise {count}"))
+
+
+def test_the_flags_are_those_that_were_promised():
+    done = run_job("--help")
+    assert done.returncode == 0
+    assert set(re.findall(r"--[a-z][a-z-]+", done.stdout)) - {"--help"} == FLAGS
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--out", "x"], "--pairs"),
+        (["--pairs", "p", "--actors", "0"], "--actors is at least 1"),
+        (["--pairs", "p", "--actors", "3", "--most-actors", "2"], "--most-actors is at least"),
+        (["--pairs", "p", "--dtype", "float16"], "--dtype float16 is for GPUs"),
+        (["--pairs", "p", "--text", "letters"], "--text"),
+    ],
+)
+def test_a_wrong_flag_is_told_in_a_sentence(flags, told):
+    done = run_job(*flags)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def contents(folder):
+    """What is read for each pair, by split and group."""
+    dataset, found = LatentDataset(folder), {}
+    for split in ("train", "held_out"):
+        part = dataset.of(split)
+        for index in range(len(part)):
+            for pick in (0.0, 0.5):
+                for flip in (False, True):
+                    row = part.read(index, pick=pick, flip=flip)
+                    found[split, part.key(index), pick, flip] = (
+                        row.instruction,
+                        row.tokens,
+                        row.edited_mean.tobytes(),
+                        row.edited_std.tobytes(),
+                        row.source_mode.tobytes(),
+                        None if row.embedding is None else row.embedding.tobytes(),
+                    )
+    return found
+
+
+@pytest.mark.ray
+def test_sizes_are_told_and_both_splits_encoded(tiny_weights, tmp_path):
+    write_pairs(str(tmp_path / "pairs"), 12)
+    asked = ["--pairs", tmp_path / "pairs", "--model", tiny_weights / "generator"]
+    plan = run_job(*asked, "--out", tmp_path, "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    model = StableDiffusion.load(tiny_weights / "generator")
+    height, width = model.latent_size(64, 64)
+    told = rf"plan: 12 pairs, .* latents of {model.latent_channels} x {height} x {width}"
+    assert re.search(told, plan.stdout)
+    assert not (tmp_path / "latents").exists()
+
+    done = run_job(*asked, "--out", tmp_path, "--text", "embeddings")
+    assert done.returncode == 0, done.stderr
+    assert f"encode_latents: {tmp_path / 'latents'} has 12 pairs" in done.stdout
+    dataset = LatentDataset(tmp_path / "latents")
+    assert (dataset.of("train").pairs, dataset.of("held_out").pairs) == (10, 2)
+    row = dataset.read(0)
+    expected = model.encode_text([row.instruction])[0].detach().numpy()
+    np.testing.assert_allclose(row.embedding, expected, atol=2e-3)
+
+    other = run_job(*asked, "--out", tmp_path)
+    assert other.returncode == 1
+    assert "was made differently" in other.stderr
+
+
+@pytest.mark.ray
+def test_pictures_of_several_sizes_need_a_resolution(tiny_weights, tmp_path):
+    write_pairs(str(tmp_path / "pairs"), 6, sides=[64, 72])
+    asked = ["--pairs", tmp_path / "pairs", "--model", tiny_weights / "generator"]
+    done = run_job(*asked, "--out", tmp_path)
+    assert done.returncode == 1
+    assert "such as 64 x 64 and 72 x 72 (pair pair 0001): bring them to one" in done.stderr
+    done = run_job(*asked, "--out", tmp_path, "--resolution", 64, "--no-held-out")
+    assert done.returncode == 0, done.stderr
+    dataset = LatentDataset(tmp_path / "latents")
+    assert (dataset.pairs, dataset.of("held_out").pairs) == (5, 0)
+    assert (
+        len(dataset.read(0).tokens) == StableDiffusion.load(tiny_weights / "generator").text_length
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+def test_kills_change_nothing(tiny_weights, tmp_path):
+    """The job's process is killed at random until it is done, with other actors each time."""
+    write_pairs(str(tmp_path / "pairs"), 300)
+    asked = ["--pairs", tmp_path / "pairs", "--model", tiny_weights / "generator"]
+    asked += ["--batch-size", 2]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run_job(*asked, "--out", whole)
+    assert done.returncode == 0, done.stderr
+    random, kills = np.random.default_rng(1), 0
+    while True:
+        actors = int(random.integers(1, 3))
+        job = subprocess.Popen(
+            command(*asked, "--out", killed, "--actors", actors),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        resume = killed / ".resume" / "latents"
+        before = len(list(resume.glob("*.parquet"))) if resume.exists() else 0
+        fresh = int(random.integers(1, 25))
+        while job.poll() is None and kills < 4:
+            now = len(list(resume.glob("*.parquet"))) if resume.exists() else 0
+            if now >= before + fresh:
+                os.kill(job.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.02)
+        if job.wait() == 0:
+            break
+    assert kills >= 2
+    assert contents(killed / "latents") == contents(whole / "latents")
+    assert LatentDataset(killed / "latents").pairs == 300
