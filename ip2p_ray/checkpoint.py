@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from ip2p_ray.atomic import atomic_folder, remove_folder, remove_leftovers, sync
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, ModelError
 from ip2p_ray.training.ema import Ema
+from ip2p_ray.training.lora import merged
 from ip2p_ray.training.state import TrainState
 
 EDITOR_DEFAULTS = "editor_defaults.json"
+CARD = "README.md"
 CHECKSUMS, FACTS = "checksums.json", "state.json"
 PARTS = ("unet", "ema", "optimizer")
 
@@ -107,16 +110,22 @@ def export_editor(
     defaults: Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    card: str | None = None,
 ) -> None:
     """A diffusers folder that StableDiffusionInstructPix2PixPipeline.from_pretrained loads.
 
     With `ema` its UNet holds the averaged weights; the model keeps its own. `defaults` are fields
     of editor.EditSettings and travel as editor_defaults.json. `dtype` is that of the weights on
-    disk. The folder appears whole or not at all and replaces an older one.
+    disk, `card` becomes README.md. LoRA's additions are merged in. The folder appears whole or not at all and replaces an older one.
     """
     averaged = ema.applied_to(model.unet) if ema else contextlib.nullcontext()
     with atomic_folder(folder) as new, averaged:
-        model.save(new, dtype=dtype)
+        whole: Any = model
+        if getattr(model.unet, "peft_config", None):
+            whole = replace(model, unet=merged(model.unet))  # type: ignore[arg-type]
+        whole.save(new, dtype=dtype)
+        if card is not None:
+            (new / CARD).write_text(card, encoding="utf-8")
         if defaults is not None:
             _write_json(new / EDITOR_DEFAULTS, defaults)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import boto3
@@ -116,6 +117,26 @@ def write(uri: str, data: bytes) -> None:
         # by parts, which no one sees before all of them have come
         parts = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES)
         _s3().upload_fileobj(io.BytesIO(data), bucket, key, Config=parts)
+
+
+def write_file(uri: str, path: Path) -> None:
+    """As `write`, of a file that need not fit into memory."""
+    bucket, key = split(uri)
+    parts = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES)
+    with _told(uri):
+        _s3().upload_file(str(path), bucket, key, Config=parts)
+
+
+def read_file(uri: str, path: Path) -> None:
+    """The object as a file, which is made or replaced and may be cut if this fails.
+
+    Raises:
+        DatasetError: there is no such object.
+        StorageError: it cannot be read.
+    """
+    bucket, key = split(uri)
+    with _told(uri):
+        _s3().download_file(bucket, key, str(path))
 
 
 def write_if(uri: str, data: bytes, expected: str | None) -> str | None:

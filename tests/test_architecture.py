@@ -24,8 +24,8 @@ LINES = (
         *("rules", "layouts", "own_pairs", "export"),
     },
     # presets gathers the configs of the lines above; nothing above reads it
-    {"editor", "evaluation", "gallery", "miniature", "presets"},
-    {"storage", "objects", "lease"},
+    {"editor", "evaluation", "gallery", "miniature", "presets", "previews", "card"},
+    {"storage", "objects", "lease", "mirror"},
     {"stages"},
     {"benchmark"},
     {"jobs", "serve"},

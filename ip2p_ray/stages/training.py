@@ -1,7 +1,8 @@
-"""latents -> checkpoints -> editor: the training loop in Ray Train's workers.
+"""latents (or pairs) -> checkpoints -> editor: the training loop in Ray Train's workers.
 
 Checkpoints are this package's own (`checkpoint`): a run that was killed, or that lost a worker,
-goes on at the newest whole one, whatever Ray had heard of it.
+goes on at the newest whole one, whatever Ray had heard of it. What a worker does is in
+`training_worker`.
 """
 
 from __future__ import annotations
@@ -9,105 +10,104 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from ip2p_ray import storage
-from ip2p_ray.atomic import sync
-from ip2p_ray.checkpoint import (
-    export_editor,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from ip2p_ray.checkpoint import latest_checkpoint
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.editor import EditSettings
-from ip2p_ray.errors import StageError
-from ip2p_ray.latents import LatentDataset
-from ip2p_ray.report import Report
-from ip2p_ray.stages import plan, run
-from ip2p_ray.stages.progress import Progress
-from ip2p_ray.training.loop import TrainConfig, start, train
-from ip2p_ray.training.state import TrainState
+from ip2p_ray.errors import ConfigError, StageError
+from ip2p_ray.mirror import fetch_newest
+from ip2p_ray.report import Report, size
+from ip2p_ray.stages import run
+from ip2p_ray.stages.progress import Progress, shown
+from ip2p_ray.stages.training_worker import (
+    METRICS,
+    Board,
+    Carried,
+    Source,
+    TrainingRun,
+    export,
+    noted_lines,
+    restored,
+    train_on_worker,
+)
+from ip2p_ray.training.loop import TrainConfig
+from ip2p_ray.training.memory import MemoryPlan, memory_plan
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 ATTEMPTS = 3
-"""How often training is begun in one run, when workers or nodes are lost."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRun:
-    """What every worker is told."""
-
-    config: TrainConfig
-    generator: str
-    """Where training starts."""
-    latents: str
-    checkpoints: str
-    """Folder of the checkpoints and of METRICS, absolute: workers run in folders of their own."""
-    editor: str
-    """Folder that the finished editor is exported to."""
-    editing: EditSettings
-    report_every: int
-    """Optimizer steps between two reports, each with a checkpoint."""
+"""How often training is begun without having got any further, when workers or nodes are lost."""
 
 
 def train_editor(
-    latents: str,
+    source: str | Source,
     folder: str,
     config: TrainConfig,
     *,
     generator: str,
     editing: EditSettings,
-    models: Mapping[str, str],
+    models: dict[str, str] | Any,
     resources: run.Resources,
+    carried: Carried | None = None,
 ) -> storage.Manifest:
     """The folders `<folder>/checkpoints` and `<folder>/editor`, a diffusers folder.
 
-    `resources.actors` workers train with DistributedDataParallel; batch_size is not used. An
-    editor that was deleted since is exported again without training.
+    `source` is a dataset of latents, or of pairs (Source.resolution). `generator` is what training
+    starts from: one that takes an image already is trained further. `resources.actors` workers
+    train with DistributedDataParallel, up to `most_actors` where the cluster has room now and
+    then; batch_size is not used. Another number of workers goes on with the same run. An editor
+    that was deleted since is exported again without training.
 
     Raises:
         Ip2pError: as `training.loop.train` and `load_checkpoint`; no attempt is repeated for it.
     """
     root = storage.local_path(folder).absolute()
     checkpoints = root / "checkpoints"
+    source = source if isinstance(source, Source) else Source(uri=source)
+    source = replace(source, uri=str(storage.local_path(source.uri).absolute()))
+    manifest = storage.read_manifest(source.uri)
     told = TrainingRun(
         config=config,
         generator=generator,
-        latents=str(storage.local_path(latents).absolute()),
+        fingerprint=models["generator"],
+        source=source,
+        data={"dataset": manifest.dataset, "rows": manifest.rows, "recipe": manifest.recipe},
         checkpoints=str(checkpoints),
         editor=str(root / "editor"),
         editing=editing,
-        report_every=-(-config.steps // 12),
+        carried=carried or Carried(),
     )
+    given = {key: value for key, value in asdict(config).items() if value or key != "lora_rank"}
+    cut = {} if source.resolution is None else {"resolution": source.resolution}
     origin = run.Origin(
         dataset="checkpoints",
-        config={**asdict(config), "editing": asdict(editing)},
+        config={**given, **cut, "editing": asdict(editing)},
         models={"generator": models["generator"]},
-        sources={"latents": storage.read_manifest(latents).recipe},
+        sources={"latents" if source.resolution is None else "pairs": manifest.recipe},
     )
-    manifest = run.make(str(checkpoints), origin, lambda: _fit(told, resources))
+    made = run.make(str(checkpoints), origin, lambda: _fit(told, resources))
     if not (root / "editor" / "model_index.json").is_file():
         logger.info("training: the editor is gone; exporting it again from the newest checkpoint")
-        model, state = _restored(told, "cpu")
+        model, state = restored(told, "cpu")
         if state.step < config.steps:
             raise StageError(
                 f"training: {checkpoints} has lost its last checkpoint and {told.editor} is gone; "
                 f"delete {checkpoints} to train again"
             )
-        export_editor(model, state.ema, told.editor, asdict(editing))
-    return manifest
+        export(told, model, state)
+    return made
 
 
 def read_metrics(checkpoints: str | Path) -> list[dict[str, Any]]:
@@ -115,26 +115,137 @@ def read_metrics(checkpoints: str | Path) -> list[dict[str, Any]]:
 
     The loss is the mean since the report before.
     """
-    return [json.loads(line) for line in _noted(checkpoints)]
+    return [json.loads(line) for line in noted_lines(checkpoints)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a worker would find."""
+
+    fingerprint: str
+    """Of the model that training starts from."""
+    memory: MemoryPlan
+    free: int
+    """Bytes of the device, or of the machine's memory, that are free."""
+    device: str
+    """Its name."""
+
+    def require_room(self, sharing: int = 1) -> None:
+        """Returns if `sharing` workers fit where one was surveyed.
+
+        Raises:
+            StageError: they do not; says the need and what there is, and what to change.
+        """
+        need = sharing * self.memory.need
+        if need > self.free:
+            each = f"{sharing} workers" if sharing > 1 else "a worker"
+            raise StageError(
+                f"training: {each} on {self.device} would need {size(need)}, {size(self.free)} "
+                "are free: take a smaller --micro-batch, --gradient-checkpointing, --bf16 or "
+                "--lora-rank"
+            )
+
+
+def survey(
+    source: Source,
+    config: TrainConfig,
+    *,
+    generator: str,
+    resources: run.Resources,
+    micro_batch: int,
+) -> Survey:
+    """The survey of `train_editor` with the same arguments, made where a worker would be.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        DatasetError: the data are not whole.
+    """
+    found: Survey = run.in_task(
+        resources, _survey, source, config, generator, resources, micro_batch
+    )
+    return found
+
+
+def _survey(
+    source: Source, config: TrainConfig, generator: str, resources: run.Resources, micro_batch: int
+) -> Survey:
+    model = StableDiffusion.load(generator)
+    latent: tuple[int, int]
+    if source.resolution is not None:
+        latent = model.latent_size(source.resolution, source.resolution)
+    else:
+        _, *sides = source.open(model).shape
+        latent = sides[0], sides[1]
+    frozen = sum(
+        tensor.numel() * tensor.element_size()
+        for network in (model.vae, model.text_encoder)
+        for tensor in (*network.parameters(), *network.buffers())
+    )
+    plan = memory_plan(
+        model.unet,
+        config,
+        latent=latent,
+        text=(model.text_length, int(model.unet.config["cross_attention_dim"])),
+        micro_batch=micro_batch,
+        frozen=frozen,
+        workers=resources.most_actors or resources.actors,
+        device="cuda" if resources.gpus else "cpu",
+    )
+    if resources.gpus:
+        free, name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    else:
+        free, name = psutil.virtual_memory().available, "this machine"
+    return Survey(fingerprint=model.fingerprint(), memory=plan, free=int(free), device=name)
+
+
+def sharing_workers(resources: run.Resources) -> int:
+    """How many workers at least share the device, or the machine, that one of them finds."""
+    workers = resources.most_actors or resources.actors
+    if resources.gpus:
+        return min(workers, max(1, int(1 / resources.gpus)))
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    return -(-workers // max(1, nodes))
 
 
 def _fit(told: TrainingRun, resources: run.Resources) -> list[Report]:
-    found = latest_checkpoint(told.checkpoints)
-    already = int(found.name.removeprefix("step-")) if found else 0
-    progress = Progress("training", total=told.config.steps, unit="steps", done=already)
-    with plan.counted(progress) as tally:
-        persist(lambda: _train_in_workers(told, resources, tally))
+    mirror = told.carried.mirror
+    if mirror is not None:
+        fetched = fetch_newest(mirror, Path(told.checkpoints), beside=METRICS)
+        if fetched is not None:
+            logger.info("training: goes on from %s of %s", fetched.name, mirror)
+    progress = TrainingProgress(
+        "training", total=told.config.steps, unit="steps", done=_step_of(told)
+    )
+    with _watched(progress) as board:
+        persist(
+            lambda: _train_in_workers(told, resources, board),
+            reached=lambda: _step_of(told),
+        )
+    if _step_of(told) < told.config.steps:
+        raise StageError(f"training: the workers left no last checkpoint in {told.checkpoints}")
     return []
 
 
-def persist(work: Callable[[], object], attempts: int = ATTEMPTS) -> None:
-    """Does the work, and again where Ray Train lost a worker or a node, `attempts` times at most.
+def _step_of(told: TrainingRun) -> int:
+    found = latest_checkpoint(told.checkpoints)
+    return int(found.name.removeprefix("step-")) if found else 0
 
-    Not Ray's own FailureConfig, which repeats whatever is raised. An error of this package would
-    only be raised again, so it is raised at once. Any other may be that of a worker that misses
-    a lost one, and is taken for it.
+
+def persist(
+    work: Callable[[], object],
+    attempts: int = ATTEMPTS,
+    *,
+    reached: Callable[[], int] = lambda: 0,
+) -> None:
+    """Does the work, and again where Ray Train lost a worker or a node.
+
+    `attempts` times at most without getting any further than before, by what `reached` says. Not
+    Ray's own FailureConfig, which repeats whatever is raised. An error of this package would only
+    be raised again, so it is raised at once. Any other may be that of a worker that misses a lost
+    one, and is taken for it.
     """
-    for left in reversed(range(attempts)):
+    left, before = attempts, reached()
+    while True:
         try:
             work()
             return
@@ -142,23 +253,31 @@ def persist(work: Callable[[], object], attempts: int = ATTEMPTS) -> None:
             told = run.own_error(error)
             if told is not None:
                 raise told from error
+            now = reached()
+            left = attempts - 1 if now > before else left - 1
+            before = now
             if not left:
                 raise
             reason = str(error).splitlines()[-1]
             logger.warning("training: goes on at the newest checkpoint after a failure: %s", reason)
 
 
-def _train_in_workers(told: TrainingRun, resources: run.Resources, tally: Any) -> None:
+def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -> None:
     scratch = Path(told.checkpoints) / ".ray"
     worker = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
+    most = resources.most_actors or resources.actors
+    if most > told.config.batch_size:
+        raise ConfigError(
+            f"{most} workers cannot share a batch of {told.config.batch_size} samples"
+        )
     # What Ray Train keeps of earlier attempts would only make it return their old metrics.
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         TorchTrainer(
             train_on_worker,
-            train_loop_config={"told": told, "tally": tally},
+            train_loop_config={"told": told, "board": board},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=resources.actors,
+                num_workers=most if most == resources.actors else (resources.actors, most),
                 use_gpu=resources.gpus > 0,
                 resources_per_worker=worker,
             ),
@@ -169,77 +288,36 @@ def _train_in_workers(told: TrainingRun, resources: run.Resources, tally: Any) -
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def train_on_worker(arguments: Mapping[str, Any]) -> None:
-    """What each worker of the trainer runs; rank 0 saves, and exports the editor at the end."""
-    told: TrainingRun = arguments["told"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    model, state = _restored(told, get_device())
-    dataset = LatentDataset(told.latents)
-    if rank == 0:
-        _forget_after(told.checkpoints, state.step)
-    steps = train(
-        model,
-        dataset,
-        told.config,
-        rank=rank,
-        world_size=world_size,
-        wrap=_parallel if world_size > 1 else None,
-        state=state,
-    )
-    losses: list[float] = []
-    for metrics in steps:
-        losses.append(metrics.loss)
-        if rank == 0:
-            arguments["tally"].add.remote(1)
-        if metrics.step % told.report_every == 0 or metrics.step == told.config.steps:
-            noted = {**asdict(metrics), "loss": fmean(losses)}
-            losses.clear()
-            if rank == 0:
-                _save(told.checkpoints, state, noted)
-            ray.train.report(noted)
-    if rank == 0:
-        export_editor(model, state.ema, told.editor, asdict(told.editing))
-    if world_size > 1:
-        torch.distributed.barrier()
+class TrainingProgress(Progress):
+    """Also tells what the first worker measured last."""
+
+    measured = ""
+
+    def line(self) -> str:
+        """As that of Progress, with loss, images a second and memory."""
+        text = super().line()
+        return f"{text}; {self.measured}" if self.measured else text
 
 
-def _parallel(unet: torch.nn.Module) -> torch.nn.Module:
-    wrapped: torch.nn.Module = prepare_model(unet, move_to_device=False)
-    return wrapped
+@contextmanager
+def _watched(progress: TrainingProgress) -> Iterator[Any]:
+    """An actor that the first worker tells its step, shown while the block runs."""
+    board = Board.remote()  # type: ignore[attr-defined]
+    asked: list[Any] = []
 
+    def poll() -> int:
+        if not asked:
+            asked.append(board.read.remote())
+        if ray.wait(asked, timeout=0)[0]:
+            try:
+                step, progress.measured = ray.get(asked.pop())
+            except ray.exceptions.RayActorError:
+                return progress.done
+            return max(step, progress.done)
+        return progress.done
 
-def _restored(told: TrainingRun, device: str | torch.device) -> tuple[StableDiffusion, TrainState]:
-    """The model and the state of the newest checkpoint, or of the start where there is none."""
-    model = StableDiffusion.load(told.generator, device=device)
-    state = start(model, told.config)
-    found = latest_checkpoint(told.checkpoints)
-    if found is not None:
-        load_checkpoint(found, state)
-    return model, state
-
-
-def _save(checkpoints: str, state: TrainState, metrics: Mapping[str, float]) -> None:
-    """Notes what was measured, then saves the checkpoint.
-
-    In this order no kill leaves a checkpoint without its line. A line without its checkpoint is
-    dropped by `_forget_after`, and its steps are taken and measured again.
-    """
-    path = Path(checkpoints) / METRICS
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
-    sync(path)
-    save_checkpoint(checkpoints, state)
-
-
-def _forget_after(checkpoints: str, step: int) -> None:
-    """Drops the notes of steps that are taken again, and a line that was cut by a kill."""
-    kept = [line for line in _noted(checkpoints) if json.loads(line)["step"] <= step]
-    storage.write_bytes(Path(checkpoints) / METRICS, "".join(kept).encode())
-
-
-def _noted(checkpoints: str | Path) -> list[str]:
-    """The lines of METRICS, without one whose end was cut off."""
-    path = Path(checkpoints) / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+    try:
+        with shown(progress, poll):
+            yield board
+    finally:
+        ray.kill(board)

@@ -96,7 +96,7 @@ class InputMaker:
     def _encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [
             self._model.encode_image(self._there(part).permute(0, 3, 1, 2).float() / 127.5 - 1.0)
-            for part in images.split(ENCODED)
+            for part in torch.split(images, ENCODED)
         ]
         means, stds = zip(*parts, strict=True)
         return torch.cat(means), torch.cat(stds)

@@ -31,6 +31,7 @@ from ip2p_ray.training.feed import (
     read_pictures,
 )
 from ip2p_ray.training.inputs import InputMaker
+from ip2p_ray.training.lora import add_lora
 from ip2p_ray.training.loss import editing_loss
 from ip2p_ray.training.state import TrainState, check_same_run
 from ip2p_ray.training.unet import widen
@@ -73,6 +74,9 @@ class TrainConfig:
     """Compute activations twice instead of keeping them."""
     channels_last: bool = False
     """Keep convolution weights channels-last, faster on most GPUs."""
+    lora_rank: int | None = None
+    """Train only additions of this rank to the attention's projections, and conv_in; None trains
+    every weight, as the paper does."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation"):
@@ -82,7 +86,7 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "weight_decay is at least 0", self.weight_decay)
         _require(0 <= self.ema_decay < 1, "ema_decay lies in [0, 1)", self.ema_decay)
         _require(0 <= self.dropout <= 1 / 3, "dropout lies in [0, 1/3]", self.dropout)
-        for name in ("max_grad_norm", "min_snr_gamma"):
+        for name in ("max_grad_norm", "min_snr_gamma", "lora_rank"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} is positive or None", value)
         _require(self.decay in ("constant", "cosine"), "decay is constant or cosine", self.decay)
@@ -116,8 +120,10 @@ def start(model: StableDiffusion, config: TrainConfig) -> TrainState:
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     unet.requires_grad_(True)
+    if config.lora_rank is not None:
+        add_lora(unet, config.lora_rank, seed=config.seed)
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
+        [parameter for parameter in unet.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         fused=next(unet.parameters()).device.type in ("cpu", "cuda"),

@@ -33,7 +33,7 @@ class TrainState:
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """The tensors to save, by file ("unet", "ema", "optimizer"), then by parameter name."""
-        named = dict(self.unet.named_parameters())
+        named = self._trained()
         moments = {
             f"{name}.{moment}": value
             for name, parameter in named.items()
@@ -57,12 +57,16 @@ class TrainState:
             ConfigError: it was saved by a run with another seed, batch size or dataset.
         """
         self._check(tensors, facts)
-        for name, parameter in self.unet.named_parameters():
+        for name, parameter in self._trained().items():
             parameter.copy_(tensors["unet"][name])
             self._restore_moments(name, parameter, tensors["optimizer"])
         self.ema.restore(tensors["ema"], facts["ema_updates"])
         self.step = facts["step"]
         self.run = {**self.run, **facts["run"]}
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Parameters by name; frozen ones are those of the model that training started from."""
+        return {name: one for name, one in self.unet.named_parameters() if one.requires_grad}
 
     def _restore_moments(
         self, name: str, parameter: nn.Parameter, saved: Mapping[str, torch.Tensor]
@@ -80,7 +84,7 @@ class TrainState:
     def _check(
         self, tensors: Mapping[str, Mapping[str, torch.Tensor]], facts: Mapping[str, Any]
     ) -> None:
-        shapes = {name: tuple(value.shape) for name, value in self.unet.named_parameters()}
+        shapes = {name: tuple(value.shape) for name, value in self._trained().items()}
         moments = {
             f"{name}.{moment}": () if moment == "step" else shape
             for name, shape in shapes.items()

@@ -15,20 +15,14 @@ import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from ip2p_ray import presets, storage
-from ip2p_ray.checkpoint import latest_checkpoint, load_checkpoint
+from ip2p_ray.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.editor import Editor
 from ip2p_ray.errors import Ip2pError, StageError
 from ip2p_ray.latents import LatentDataset
 from ip2p_ray.stages.run import Resources
-from ip2p_ray.stages.training import (
-    METRICS,
-    _forget_after,
-    _save,
-    persist,
-    read_metrics,
-    train_editor,
-)
+from ip2p_ray.stages.training import persist, read_metrics, train_editor
+from ip2p_ray.stages.training_worker import METRICS, forget_after, note
 from ip2p_ray.testing import killed_at
 from ip2p_ray.training.ema import Ema
 from ip2p_ray.training.loop import start, train
@@ -196,7 +190,7 @@ def test_training_goes_on_when_a_worker_is_killed(made, tmp_path):
 def test_notes_of_steps_that_are_taken_again_are_dropped(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)]
     (tmp_path / METRICS).write_text("".join(lines) + '{"step": 8, "lo', encoding="utf-8")
-    _forget_after(str(tmp_path), 4)
+    forget_after(str(tmp_path), 4)
     assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4]
 
 
@@ -210,14 +204,18 @@ def state_at(step):
 def test_no_kill_leaves_a_gap_in_the_loss_curve(tmp_path):
     states = {step: state_at(step) for step in (1, 2, 3)}
 
+    def saved(step):
+        note(tmp_path, {"step": step, "loss": 1.0})
+        save_checkpoint(tmp_path, states[step])
+
     def go_on(step):
-        _forget_after(str(tmp_path), step)
+        forget_after(tmp_path, step)
         for later in range(step + 1, 4):
-            _save(str(tmp_path), states[later], {"step": later, "loss": 1.0})
+            saved(later)
 
     reached, killed, event = set(), True, 0
     while killed:
-        _save(str(tmp_path), states[1], {"step": 1, "loss": 1.0})
+        saved(1)
         killed = killed_at(event, lambda: go_on(1))
         found = int(latest_checkpoint(tmp_path).name.removeprefix("step-"))
         reached.add(found)

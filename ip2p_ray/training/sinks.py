@@ -1,0 +1,114 @@
+"""Where measured figures go besides the run's own file: TensorBoard, Weights & Biases, MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from ip2p_ray.errors import ConfigError
+
+SinkName = Literal["tensorboard", "wandb", "mlflow"]
+
+_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+class Sink(Protocol):
+    """Takes the figures of a step."""
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """The figures by name."""
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+
+
+def require_sinks(names: Sequence[str]) -> None:
+    """Returns if the libraries of all of them are installed.
+
+    Raises:
+        ConfigError: one is not, or there is no such sink.
+    """
+    for name in names:
+        if name not in _MODULES:
+            raise ConfigError(f"metrics go to {', '.join(get_args(SinkName))}, got {name!r}")
+        try:
+            import_module(_MODULES[name])
+        except ImportError as error:
+            raise ConfigError(
+                f"metrics to {name} need the library {_MODULES[name]}: pip install {_MODULES[name]}"
+            ) from error
+
+
+@contextmanager
+def open_sinks(
+    names: Sequence[str], folder: Path, *, step: int, config: Mapping[str, Any]
+) -> Iterator[list[Sink]]:
+    """The sinks of the run in `folder`, which goes on after `step`; closed after the block.
+
+    A run that is resumed goes on under the same name; figures after `step` are written anew.
+    """
+    with ExitStack() as stack:
+        found: list[Sink] = []
+        for name in names:
+            sink = _OPEN[name](folder, step, config)
+            stack.callback(sink.close)
+            found.append(sink)
+        yield found
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+        writer = import_module("tensorboardX").SummaryWriter
+        self._writer = writer(logdir=str(folder / "tensorboard"), purge_step=step + 1)
+        if not step:
+            self._writer.add_text("config", str(dict(config)), 0)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+        name = blake2b(str(folder).encode(), digest_size=8).hexdigest()
+        options = {"id": name, "resume": "allow", "dir": str(folder), "config": dict(config)}
+        self._run = import_module("wandb").init(project="ip2p_ray", **options)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+        self._mlflow = import_module("mlflow")
+        note = folder / "mlflow-run"
+        self._mlflow.set_experiment("ip2p_ray")
+        known = note.read_text(encoding="utf-8") if note.exists() else None
+        run = self._mlflow.start_run(run_id=known)
+        if known is None:
+            note.write_text(run.info.run_id, encoding="utf-8")
+            self._mlflow.log_params({key: str(value) for key, value in config.items()})
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(figures), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+_OPEN: dict[str, Any] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WeightsAndBiases,
+    "mlflow": _MLflow,
+}
