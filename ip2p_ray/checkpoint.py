@@ -116,13 +116,14 @@ def export_editor(
 
     With `ema` its UNet holds the averaged weights; the model keeps its own. `defaults` are fields
     of editor.EditSettings and travel as editor_defaults.json. `dtype` is that of the weights on
-    disk, `card` becomes README.md. LoRA's additions are merged in. The folder appears whole or not at all and replaces an older one.
+    disk, `card` becomes README.md. LoRA's additions are merged in. The folder appears whole or not
+    at all and replaces an older one.
     """
     averaged = ema.applied_to(model.unet) if ema else contextlib.nullcontext()
     with atomic_folder(folder) as new, averaged:
         whole: Any = model
         if getattr(model.unet, "peft_config", None):
-            whole = replace(model, unet=merged(model.unet))  # type: ignore[arg-type]
+            whole = replace(model, unet=merged(model.unet))
         whole.save(new, dtype=dtype)
         if card is not None:
             (new / CARD).write_text(card, encoding="utf-8")

@@ -203,7 +203,7 @@ def sharing_workers(resources: run.Resources) -> int:
     workers = resources.most_actors or resources.actors
     if resources.gpus:
         return min(workers, max(1, int(1 / resources.gpus)))
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call, misc]
     return -(-workers // max(1, nodes))
 
 
@@ -266,6 +266,8 @@ def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -
     scratch = Path(told.checkpoints) / ".ray"
     worker = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
     most = resources.most_actors or resources.actors
+    # a range is what elastic training takes, though it is not annotated
+    count: Any = most if most == resources.actors else (resources.actors, most)
     if most > told.config.batch_size:
         raise ConfigError(
             f"{most} workers cannot share a batch of {told.config.batch_size} samples"
@@ -277,7 +279,7 @@ def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -
             train_on_worker,
             train_loop_config={"told": told, "board": board},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=most if most == resources.actors else (resources.actors, most),
+                num_workers=count,
                 use_gpu=resources.gpus > 0,
                 resources_per_worker=worker,
             ),

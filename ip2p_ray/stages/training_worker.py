@@ -83,8 +83,7 @@ class Carried:
     save_every: int | None = None
     """Optimizer steps between two checkpoints; None makes about a dozen."""
     log_every: int | None = None
-    """Optimizer steps between two lines of metrics, dividing `save_every`; None notes with each
-    checkpoint."""
+    """Optimizer steps between two lines of metrics; there is one with each checkpoint anyway."""
     keep: int = 2
     """Checkpoints that are kept, the newest."""
     validate_every: int | None = None
@@ -105,11 +104,6 @@ class Carried:
             self._at_least_1(name)
         for name in ("validate_every", "validation_groups", "sample_every", "samples"):
             self._at_least_1(name)
-        if self.save_every and self.log_every and self.save_every % self.log_every:
-            raise ConfigError(
-                "save_every is a multiple of log_every, so that a resumed run notes the same "
-                f"means, got {self.save_every} and {self.log_every}"
-            )
 
     def _at_least_1(self, name: str) -> None:
         value = getattr(self, name)

@@ -32,7 +32,7 @@ def add_lora(unet: nn.Module, rank: int, *, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet.add_adapter(adapter)  # type: ignore[operator]
-    unet.conv_in.requires_grad_(True)  # type: ignore[union-attr]
+    unet.conv_in.requires_grad_(True)
 
 
 def merged(unet: nn.Module) -> nn.Module:

@@ -123,9 +123,9 @@ def _fill(module: torch.nn.Module) -> None:
             if one is not None:
                 fresh = torch.nn.Parameter(torch.empty(one.shape), requires_grad=one.requires_grad)
                 part._parameters[name] = fresh
-        for name, one in part._buffers.items():
-            if one is not None:
-                part._buffers[name] = torch.empty(one.shape, dtype=one.dtype)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _forward_and_backward(unet: Any, given: Mapping[str, torch.Tensor], *, bf16: bool) -> None:
@@ -137,11 +137,11 @@ def _forward_and_backward(unet: Any, given: Mapping[str, torch.Tensor], *, bf16:
     loss.backward()
 
 
-class _Counted(TorchDispatchMode):
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that are made while it is on, as long as they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.most = 0
         self._known: set[int] = set()
 

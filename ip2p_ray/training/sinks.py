@@ -77,7 +77,7 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    def __init__(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, _step: int, config: Mapping[str, Any]) -> None:
         name = blake2b(str(folder).encode(), digest_size=8).hexdigest()
         options = {"id": name, "resume": "allow", "dir": str(folder), "config": dict(config)}
         self._run = import_module("wandb").init(project="ip2p_ray", **options)
@@ -90,7 +90,7 @@ class _WeightsAndBiases:
 
 
 class _MLflow:
-    def __init__(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, _step: int, config: Mapping[str, Any]) -> None:
         self._mlflow = import_module("mlflow")
         note = folder / "mlflow-run"
         self._mlflow.set_experiment("ip2p_ray")

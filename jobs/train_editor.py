@@ -1,0 +1,263 @@
+"""An editor trained from latents, or from pairs, by any number of workers on CPUs or GPUs.
+
+    python jobs/train_editor.py --latents runs/q/latents --out runs/editor --steps 600
+    python jobs/train_editor.py --pairs runs/q/pairs --resolution 64 --out runs/pixels
+    python jobs/train_editor.py --preset paper --latents /shared/run/latents --out /shared/editor \
+        --gpus 1 --workers 8 --micro-batch 32
+    ray job submit --working-dir . -- python jobs/train_editor.py --preset paper \
+        --latents /shared/run/latents --out /shared/editor --gpus 1 --workers 8 --micro-batch 32
+
+<out>/editor comes out, a folder that diffusers' StableDiffusionInstructPix2PixPipeline loads, with
+a model card; <out>/checkpoints has the run's state and metrics.jsonl, <out>/samples pictures.
+First the memory that a worker needs is told; --dry-run stops there. Whenever it is stopped, the
+same command goes on, with another number of workers if need be. The status is 0 when all is made, 1
+for a failure and 2 for a wrong flag.
+
+On a GPU of 24 GB: --preset paper --gpus 1 --micro-batch 8 --text embeddings in encode_latents.
+
+--preset paper is the recipe of the paper's App. A.3: 10,000 steps of 1024 samples at 256 pixels,
+AdamW 1e-4 without warm-up or clipping, 5 % each of samples without text, without image, without
+both, pairs mirrored. It differs in these:
+- arithmetic is bfloat16 with float32 weights, where the authors used float32 (TF32);
+- from --latents pictures are not resized at random (the posterior is sampled at every visit all the
+  same); --pairs resizes to 256-288 and cuts 256, as the paper does;
+- the average (0.9999, a horizon of 10,000 steps) follows optimizer steps; the authors' followed
+  micro-batches of a quarter, which --ema-horizon 2500 repeats;
+- activations are computed twice to save memory, which changes no figure but time;
+- groups are held out by a hash of their texts, 5 % of them, and not by their place in a list;
+- the validation loss has fixed noise and no dropout.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
+
+from ip2p_ray.command import loading, require_place
+
+OF_THE_RECIPE = (
+    *("steps", "batch_size", "learning_rate", "warmup_steps", "decay", "weight_decay"),
+    *("max_grad_norm", "dropout", "min_snr_gamma", "seed", "lora_rank"),
+    *("flips", "bf16", "gradient_checkpointing", "channels_last"),
+)
+"""Flags that take the place of what the preset has in its TrainConfig."""
+
+POSITIVE = (
+    *("workers", "most_workers", "micro_batch", "readers", "save_every", "log_every", "keep"),
+    *("validate_every", "validation_groups", "sample_every", "samples", "resolution"),
+    *("steps", "batch_size", "learning_rate", "max_grad_norm", "min_snr_gamma", "lora_rank"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainEditor:
+    """A dataset of latents or pairs in, an editor out."""
+
+    latents: str | None = None
+    """Dataset of latents, as jobs/encode_latents.py makes it."""
+    pairs: str | None = None
+    """Dataset of pairs in their place: pictures are cut anew and encoded in every step."""
+    out: Path = Path("runs/editor")
+    """Folder of editor/, checkpoints/ and samples/; all nodes have to reach it."""
+    preset: Literal["miniature", "fast", "paper"] = "miniature"
+    """Model and recipe; every flag of the recipe below takes the place of one of its settings."""
+    start: str | None = None
+    """Diffusers folder or hub id to start from: a generator (4 channels), or an editor (8) that is
+    trained further; by default the preset's generator."""
+    dry_run: bool = False
+    """Only tell what memory a worker needs."""
+    resolution: int | None = None
+    """Of --pairs: height and width that pictures are cut to, by default the preset's."""
+    steps: int | None = None
+    """Optimizer steps of the whole run."""
+    batch_size: int | None = None
+    """Samples of a step, over all workers."""
+    learning_rate: float | None = None
+    """AdamW's highest."""
+    warmup_steps: int | None = None
+    """Steps over which it rises from 0."""
+    decay: Literal["constant", "cosine"] | None = None
+    """What it does after that."""
+    weight_decay: float | None = None
+    """AdamW's."""
+    max_grad_norm: float | None = None
+    """Norm that gradients are scaled down to."""
+    ema_horizon: float | None = None
+    """Optimizer steps that the exported average remembers."""
+    dropout: float | None = None
+    """Share of samples without text, without image, without both; each."""
+    min_snr_gamma: float | None = None
+    """Min-SNR weighting of the loss."""
+    flips: bool | None = None
+    """Mirror half of the visits."""
+    seed: int | None = None
+    """Of the order, noise, timesteps, dropout and flips."""
+    bf16: bool | None = None
+    """Compute in bfloat16; weights and optimizer stay float32."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations twice instead of keeping them."""
+    channels_last: bool | None = None
+    """Lay weights out as convolutions prefer."""
+    lora_rank: int | None = None
+    """Train only additions of this rank to attention, and the first layer (needs peft)."""
+    workers: int = 1
+    """Processes that train together."""
+    most_workers: int | None = None
+    """As many there may become while the cluster has room: they join and leave as nodes do."""
+    gpus: float = 0.0
+    """GPUs of each of them; 0 trains on the CPU."""
+    cpus: float = 1.0
+    """Logical CPUs of each of them."""
+    micro_batch: int = 32
+    """Samples at a time of each of them, at most; they add up to the batch."""
+    readers: int = 1
+    """Threads of each of them that read ahead; more for --pairs."""
+    save_every: int | None = None
+    """Steps between two checkpoints, by default a dozenth of all."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    mirror: str | None = None
+    """s3://bucket/folder that checkpoints are copied to, and fetched from where <out> has none."""
+    validate_every: int | None = None
+    """Steps between two measurements of the loss on held-out pairs."""
+    validation_groups: int = 256
+    """Triplets that it is measured on, at most."""
+    sample_every: int | None = None
+    """Steps between two pages of sample pictures."""
+    samples: int = 4
+    """Pictures on a page."""
+    metrics: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where figures go besides metrics.jsonl; their libraries have to be installed."""
+
+    def __post_init__(self) -> None:
+        if (self.latents is None) == (self.pairs is None):
+            raise ValueError("give either --latents or --pairs")
+        if self.resolution is not None and self.pairs is None:
+            raise ValueError("--resolution is for --pairs; latents have theirs")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is above 0")
+        if self.most_workers is not None and self.most_workers < self.workers:
+            raise ValueError("--most-workers is at least --workers")
+        if self.ema_horizon is not None and not self.ema_horizon >= 1:
+            raise ValueError("--ema-horizon is at least 1")
+        for name in ("gpus", "cpus", "warmup_steps", "weight_decay"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is not negative")
+        if self.dropout is not None and not 0 <= self.dropout <= 1 / 3:
+            raise ValueError("--dropout lies in [0, 1/3]")
+        for name in ("latents", "pairs"):
+            uri = getattr(self, name)
+            if uri is not None and "://" in uri and not uri.startswith("file://"):
+                raise ValueError(f"--{name} {uri}: only local datasets can be read")
+        if self.mirror is not None and not self.mirror.startswith("s3://"):
+            raise ValueError(f"--mirror {self.mirror}: give s3://bucket/folder")
+        require_place("--out", self.out, folder=True)
+
+
+def main(job: TrainEditor) -> int:
+    """Train the editor, or find that it is there; returns the exit status."""
+    with loading("train_editor"):
+        from ip2p_ray.stages import run
+    return run.guarded("train_editor", lambda: _train(job))
+
+
+def _train(job: TrainEditor) -> None:
+    from dataclasses import replace
+
+    from ip2p_ray import presets, storage
+    from ip2p_ray.stages import run, training
+    from ip2p_ray.training.ema import ema_horizon
+    from ip2p_ray.training.lora import require_peft
+    from ip2p_ray.training.sinks import require_sinks
+
+    preset = presets.by_name(job.preset)
+    config, carried, source = _settings(job, preset)
+    require_sinks(carried.sinks)
+    if config.lora_rank is not None:
+        require_peft()
+    if job.mirror is not None:
+        storage.check(job.mirror)
+    storage.require_manifest(source.uri)
+    resources = run.Resources(
+        actors=job.workers, most_actors=job.most_workers, gpus=job.gpus, cpus=job.cpus
+    )
+    out, start = job.out.absolute(), job.start or preset.generator
+    # one process finds out what the workers need before they are there
+    with (
+        run.locked(out),
+        run.local_ray(workers=job.most_workers or job.workers, actors=[resources]),
+    ):
+        found = training.survey(
+            source,
+            config,
+            generator=start,
+            resources=resources,
+            micro_batch=min(job.micro_batch, -(-config.batch_size // job.workers)),
+        )
+        print(
+            f"plan: {config.steps:,} steps of {config.batch_size:,} samples, "
+            f"{job.workers} workers, an average over {ema_horizon(config.ema_decay):,.0f} steps"
+        )
+        print(found.memory.line(), flush=True)
+        found.require_room(training.sharing_workers(resources))
+        if job.dry_run:
+            return
+        training.train_editor(
+            source,
+            str(out),
+            config,
+            generator=start,
+            editing=replace(preset.editing),
+            models={"generator": found.fingerprint},
+            resources=resources,
+            carried=carried,
+        )
+    print(f"train_editor: {job.out / 'editor'} is trained")
+
+
+def _settings(job: TrainEditor, preset: Any) -> tuple[Any, Any, Any]:
+    """The recipe with the flags in their places, how it is carried out, and the data."""
+    from dataclasses import replace
+
+    from ip2p_ray import storage
+    from ip2p_ray.stages.training_worker import Carried, Source
+
+    flags = {name: getattr(job, name) for name in OF_THE_RECIPE}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if job.ema_horizon is not None:
+        given["ema_decay"] = 1 - 1 / job.ema_horizon
+    carried = Carried(
+        micro_batch=job.micro_batch,
+        readers=job.readers,
+        save_every=job.save_every,
+        log_every=job.log_every,
+        keep=job.keep,
+        validate_every=job.validate_every,
+        validation_groups=job.validation_groups,
+        sample_every=job.sample_every,
+        samples=job.samples,
+        sinks=job.metrics,
+        mirror=job.mirror,
+    )
+    if job.latents is not None:
+        source = Source(uri=storage.absolute(job.latents))
+    else:
+        usual = 64 if job.preset == "miniature" else 256
+        source = Source(uri=storage.absolute(job.pairs or ""), resolution=job.resolution or usual)
+    return replace(preset.training, **given), carried, source
+
+
+if __name__ == "__main__":
+    with loading("train_editor"):
+        import tyro
+
+        asked = tyro.cli(TrainEditor)
+    sys.exit(main(asked))
