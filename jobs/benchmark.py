@@ -6,10 +6,13 @@
     python jobs/benchmark.py pairs --sd15 --preset paper --steps 25 --device cuda --dtype bfloat16
     python jobs/benchmark.py options --prompts 20 --candidates 24
     python jobs/benchmark.py pipeline
+    python jobs/benchmark.py training --ranks 2 --json training.json
+    python jobs/benchmark.py training --sd15 --device cuda --bf16 --batch-size 64
 
 `triplets` writes triplets of made-up captions against the shipped server, which answers after
 --delay seconds. `pairs` makes the same candidates in the reference's way and in ours. `options`
 tells what each option of the search saves and loses. `pipeline` is what Ray costs the pairs.
+`training` takes the same optimizer steps the plain way and in our loop.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.benchmark import options_job, pairs_job, pipeline, triplets
+from ip2p_ray.benchmark import options_job, pairs_job, pipeline, training_job, triplets
 from ip2p_ray.command import loading
 
 BENCHMARKS: dict[str, Any] = {
@@ -30,6 +33,7 @@ BENCHMARKS: dict[str, Any] = {
     "pairs": pairs_job,
     "options": options_job,
     "pipeline": pipeline,
+    "training": training_job,
 }
 """By subcommand: a module whose `Options` are its flags and whose `run` returns the table."""
 

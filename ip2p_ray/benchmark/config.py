@@ -56,3 +56,44 @@ class PairBenchmark:
             )
         if self.device == "cpu" and self.dtype == "float16":
             raise ConfigError("--dtype float16 is for CUDA; on a CPU take float32 or bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBenchmark:
+    """Optimizer steps of one model taken the plain way and ours, in turns."""
+
+    preset: Literal["miniature", "paper", "fast"] = "miniature"
+    """Whose generator is trained, and with which batch."""
+    sd15: bool = False
+    """Random weights in the shapes of Stable Diffusion 1.5 instead; nothing is downloaded."""
+    device: str = "cpu"
+    """Where the models lie, for example "cpu" or "cuda"."""
+    resolution: int | None = None
+    """Height and width in pixels; by default the preset's, with --sd15 256."""
+    batch_size: int | None = None
+    """Samples of a step, both ways; by default the preset's."""
+    micro_batch: int = 64
+    """Samples that ours computes at a time, at most; the plain way takes the whole batch."""
+    pairs: int = 64
+    """Pairs of noise that are trained on."""
+    steps: int = 5
+    """Optimizer steps of each way in a turn."""
+    rounds: int = 3
+    """Turns of each way; medians are reported."""
+    bf16: bool = False
+    """Ours computes in bfloat16; the plain way stays float32."""
+    channels_first: bool = False
+    """Ours does not keep channels last in memory."""
+    gradient_checkpointing: bool = False
+    """Ours computes activations twice."""
+    ranks: int = 1
+    """On a CPU also compare one process with so many that share its threads."""
+
+    def __post_init__(self) -> None:
+        counts = ("resolution", "batch_size", "micro_batch", "pairs", "steps", "rounds", "ranks")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is at least 1, got {value}")
+        if self.ranks > 1 and self.device != "cpu":
+            raise ConfigError(f"--ranks is for the CPU, got --device {self.device}")

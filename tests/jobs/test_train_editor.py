@@ -21,6 +21,7 @@ from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.latents import encode_pairs
 from ip2p_ray.schema import LATENTS, PAIRS
 from ip2p_ray.stages.training import read_metrics
+from ip2p_ray.testing import tiny_stable_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JOB = ROOT / "jobs" / "train_editor.py"
@@ -174,15 +175,15 @@ def test_a_run_leaves_an_editor_with_card_samples_and_metrics(asked, data, tmp_p
 
 
 @pytest.mark.ray
-def test_an_editor_is_trained_further_on_pictures_with_lora_by_two_workers(
-    asked, data, tiny_weights, tmp_path
-):
+def test_an_editor_is_trained_further_on_pictures_with_lora_by_two_workers(asked, data, tmp_path):
     pictures = ["--pairs", data / "pairs", "--resolution", 48, *asked[2:]]
     flags = ["--steps", 3, "--lora-rank", 2, "--workers", 2, "--micro-batch", 1, "--readers", 2]
-    start = ["--start", tiny_weights / "editor", "--validate-every", 3]
-    done = run_job(*pictures, *flags, *start, "--out", tmp_path)
+    start = tmp_path / "start"
+    tiny_stable_diffusion(in_channels=8).save(start)
+    flags += ["--start", start, "--validate-every", 3]
+    done = run_job(*pictures, *flags, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    editor, before = Editor.load(tmp_path / "editor"), Editor.load(tiny_weights / "editor")
+    editor, before = Editor.load(tmp_path / "editor"), Editor.load(start)
     ours, theirs = (dict(one.model.unet.named_parameters()) for one in (editor, before))
     assert ours.keys() == theirs.keys()
     changed = {name for name in ours if not bool((ours[name] == theirs[name]).all())}
