@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +248,43 @@ def test_a_failed_export_leaves_the_older_one(tmp_path: Path) -> None:
     assert torch.equal(model.unet.conv_in.weight, own)
     assert torch.equal(StableDiffusion.load(tmp_path / "editor").unet.conv_in.weight, own)
     assert [path.name for path in tmp_path.iterdir()] == ["editor"]
+
+
+LIMITED = """
+import resource
+import sys
+from pathlib import Path
+
+from ip2p_ray.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from tests.test_checkpoint import new_state
+
+root, limit = Path(sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    save_checkpoint(root, new_state(2), keep=1)
+except Exception as error:
+    print(type(error).__name__)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 300])
+def test_a_disk_without_room_never_costs_the_one_before(tmp_path: Path, limit: int) -> None:
+    """The limit is the system's own on a file's size: every larger write fails."""
+    root = tmp_path / "run"
+    first = new_state(1)
+    save_checkpoint(root, first)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(root), str(limit)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.split()[-1] in ("OSError", "SafetensorError")
+    assert [path.name for path in root.iterdir()] == ["step-00000001"]
+    found = new_state()
+    load_checkpoint(root / "step-00000001", found)
+    assert contents(found) == contents(first)
+    save_checkpoint(root, new_state(2), keep=1)
+    assert latest_checkpoint(root) == root / "step-00000002"

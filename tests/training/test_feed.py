@@ -119,3 +119,20 @@ def test_batch_shapes(dataset: LatentDataset) -> None:
     assert batch.noise.shape == batch.edited_mean.shape == (2, *dataset.shape)
     assert batch.noise.dtype == batch.edited_mean.dtype == torch.float32
     assert not torch.equal(batch.noise, batch.posterior_noise)
+
+
+@pytest.mark.parametrize(("world_size", "most"), [(1, 5), (3, 2), (5, 1), (12, 4)])
+def test_shares_of_any_world_size_are_the_global_batch(world_size: int, most: int) -> None:
+    feed = Feed(10, 12, seed=1)
+    ranks = [
+        feed.share(5, rank=rank, world_size=world_size, most=most) for rank in range(world_size)
+    ]
+    assert [visit for rank in ranks for part in rank for visit in part] == feed.batch(5)
+    sizes = [sum(map(len, rank)) for rank in ranks]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(0 < len(part) <= most for rank in ranks for part in rank)
+
+
+def test_more_ranks_than_samples_are_refused() -> None:
+    with pytest.raises(ConfigError, match="every rank needs a sample"):
+        Feed(10, 3, seed=1).share(0, rank=0, world_size=4, most=1)

@@ -1,0 +1,75 @@
+import dataclasses
+
+import pytest
+import torch
+
+from ip2p_ray.testing import tiny_stable_diffusion
+from ip2p_ray.training.loop import TrainConfig
+from ip2p_ray.training.memory import MARGIN, MemoryPlan, _Counted, memory_plan
+
+MODEL = tiny_stable_diffusion()
+CONFIG = TrainConfig(steps=1)
+
+
+def plan(micro_batch: int = 4, workers: int = 1, **settings: object) -> MemoryPlan:
+    config = dataclasses.replace(CONFIG, **settings)  # type: ignore[arg-type]
+    return memory_plan(
+        MODEL.unet,
+        config,
+        latent=(16, 16),
+        text=(16, 24),
+        micro_batch=micro_batch,
+        frozen=1000,
+        workers=workers,
+    )
+
+
+def test_tensors_are_counted_while_they_live() -> None:
+    with _Counted() as held:
+        one = torch.empty(1000)
+        two = one.view(10, 100) + 1.0
+        assert held.held == 8000
+        del one
+        assert held.held == 4000
+        three = two.double()
+        assert held.held == held.most == 12000
+        del two, three
+    assert (held.held, held.most) == (0, 12000)
+
+
+def test_weights_and_optimizer_are_exact() -> None:
+    found = plan(workers=2)
+    wide = tiny_stable_diffusion(in_channels=8).unet
+    weights = sum(parameter.numel() for parameter in wide.parameters()) * 4
+    assert found.weights == found.average == found.exchanged == weights
+    assert found.optimizer == 2 * weights
+    assert plan().exchanged == 0
+    assert found.step > weights, "gradients are as large"
+    assert found.need == int(MARGIN * (5 * weights + found.frozen + found.step))
+
+
+def test_a_step_grows_with_the_micro_batch_and_shrinks_with_what_spares_it() -> None:
+    four, eight = plan(4), plan(8)
+    assert 1.7 * four.step < eight.step < 2.1 * four.step
+    assert plan(4, gradient_checkpointing=True).step < 0.6 * four.step
+    assert plan(4, bf16=True).step < 0.8 * four.step
+    small = plan(4, lora_rank=2)
+    assert small.optimizer < 0.2 * four.optimizer
+    assert small.weights > four.weights
+
+
+def test_the_reckoned_step_is_that_of_a_real_one() -> None:
+    """Counted by the same means on tensors that are really there."""
+    unet = tiny_stable_diffusion(in_channels=8).unet.train()
+    with _Counted() as held:
+        x, text = torch.randn(4, 8, 16, 16), torch.randn(4, 16, 24)
+        timesteps = torch.zeros(4, dtype=torch.long)
+        found = unet(x, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        found.float().square().mean().backward()
+    assert held.most == pytest.approx(plan(4).step, rel=0.05)
+
+
+def test_the_line_names_the_parts() -> None:
+    line = plan().line()
+    assert "gradients and activations of 4 samples" in line
+    assert "exchange" not in line
