@@ -42,7 +42,9 @@ def ranks_per_s(ranks: Ranks) -> float:
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(ranks.threads)
     try:
-        torch.multiprocessing.spawn(_train, args=(ranks, told), nprocs=ranks.count)  # type: ignore[no-untyped-call]
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            _train, args=(ranks, told), nprocs=ranks.count
+        )
     finally:
         os.environ.pop("OMP_NUM_THREADS")
         if before is not None:
