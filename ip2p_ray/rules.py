@@ -14,6 +14,18 @@ NO_PICTURE = "picture_not_kept"
 """Reason of a candidate that passes now but did not when its pictures were there."""
 
 
+SHOWN_CANDIDATES = 8
+"""Of a triplet whose rejected pictures are kept for people, so many candidates' are."""
+
+
+def is_shown(triplet_key: str, index: int, below: str) -> bool:
+    """Whether a candidate's pictures are kept though it was rejected.
+
+    Those of its triplets are whose keys are below `below`, which is a share of all keys.
+    """
+    return triplet_key < below and index < SHOWN_CANDIDATES
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """Thresholds, and how many of those that pass are kept."""

@@ -101,9 +101,17 @@ class GeneratePairs:
     """Lay weights out as convolutions on GPUs prefer."""
     compile: bool = False
     """Compile the UNet for the batch size."""
+    cpu_actors: int = 0
+    """Further processes that generate without a GPU, beside those with one."""
+    cpu_actor_cpus: float = 4.0
+    """Logical CPUs of each of those."""
     judge_actors: int = 1
     """Processes that judge; 0 judges in the processes that generate, as any option below wants it:
     then pictures of rejects go nowhere."""
+    most_judges: int | None = None
+    """As many judges there may become while candidates wait for them."""
+    judge_cpus: float = 0.5
+    """Logical CPUs of each of them."""
     judge_gpus: float = 0.0
     """GPUs of each of them, a fraction where they share one."""
     judge_batch: int = 32
@@ -138,14 +146,18 @@ class GeneratePairs:
             raise ValueError("--most-actors is at least --actors")
         if self.judge_actors < 0:
             raise ValueError("--judge-actors is not negative")
+        if self.most_judges is not None and self.most_judges < max(1, self.judge_actors):
+            raise ValueError("--most-judges is at least 1 and at least --judge-actors")
+        if self.cpu_actors < 0 or (self.cpu_actors and not self.gpus):
+            raise ValueError("--cpu-actors is not negative, and stands beside actors with --gpus")
         options = [name for name in OF_THE_SEARCH if getattr(self, name) is not None]
         if self.judge_actors and options:
             flag = f"--{options[0].replace('_', '-')}"
             raise ValueError(f"{flag} needs --judge-actors 0: what is spared, the judge decides")
-        if not self.judge_actors and (self.judge_gpus or self.compile):
+        if not self.judge_actors and (self.judge_gpus or self.most_judges or self.compile):
             raise ValueError("--judge-actors 0 judges where pictures are made, and cannot compile")
-        if self.gpus < 0 or self.judge_gpus < 0 or self.cpus < 0:
-            raise ValueError("--gpus, --judge-gpus and --cpus are not negative")
+        if min(self.gpus, self.judge_gpus, self.cpus, self.cpu_actor_cpus, self.judge_cpus) < 0:
+            raise ValueError("GPUs and CPUs of processes are not negative")
         if not 0 <= self.max_reject_share <= 1:
             raise ValueError("--max-reject-share lies in [0, 1]")
         if "://" in self.triplets and not self.triplets.startswith("file://"):
@@ -209,7 +221,11 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
         **_given(flags),
     )
     judges = Resources(
-        actors=max(1, job.judge_actors), gpus=job.judge_gpus, batch_size=job.judge_batch
+        actors=max(1, job.judge_actors),
+        most_actors=job.most_judges,
+        cpus=job.judge_cpus,
+        gpus=job.judge_gpus,
+        batch_size=job.judge_batch,
     )
     making = Making(
         generator=GeneratorWeights(
@@ -224,7 +240,12 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
             compile=job.compile,
         ),
         generators=Resources(
-            actors=job.actors, most_actors=job.most_actors, gpus=job.gpus, cpus=job.cpus
+            actors=job.actors,
+            most_actors=job.most_actors,
+            gpus=job.gpus,
+            cpus=job.cpus,
+            cpu_actors=job.cpu_actors,
+            cpu_actor_cpus=job.cpu_actor_cpus,
         ),
         judges=judges if job.judge_actors else None,
         options=SearchConfig(**_given({name: getattr(job, name) for name in OF_THE_SEARCH})),

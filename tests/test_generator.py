@@ -76,7 +76,7 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_for_all(model, caplog):
     cramped = Cramped(**vars(model))
     cramped.rows = 8  # two candidates of four rows
     generator = Generator(cramped, Holding(batch_size=8))
-    with caplog.at_level(logging.WARNING, logger="ip2p_ray.generator"):
+    with caplog.at_level(logging.WARNING, logger="ip2p_ray.memory"):
         first = list(generator.make(requests(), CONFIG))
         second = list(generator.make(requests(3), CONFIG))
     assert [len(batch.requests) for batch in first] == [2, 2, 1]

@@ -12,16 +12,16 @@ from ip2p_ray.errors import ConfigError
 from ip2p_ray.filtering import Thresholds, rejection
 from ip2p_ray.schema import SIMILARITIES
 from ip2p_ray.search.options import SearchConfig
-from ip2p_ray.search.triplet import Searched
+from ip2p_ray.search.triplet import Candidate, Searched
 
 CONCENTRATIONS = tuple(2.0 ** (power / 4) for power in range(-16, 33))
 """alpha + beta of the priors that are tried, from 1/16 to 256."""
 
 
 def acceptance_prior(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """Beta prior of triplets of which so many candidates (accepted, made) were accepted.
+    """Beta prior of triplets of which so many units (accepted, made) were accepted; see `rules`.
 
-    Its mean is the share of all candidates, half a candidate added on either side; its
+    Its mean is the share of all units, half a unit added on either side; its
     concentration, of those in CONCENTRATIONS, makes the counts most likely (beta-binomial).
     """
     accepted, made = (sum(column) for column in zip(*counts, strict=True))
@@ -60,7 +60,7 @@ def fit(
         ConfigError: margins are asked for, but no pilot candidate was accepted.
     """
     searched = list(pilots)
-    counts = [(len(_accepted(one, thresholds)), len(one.candidates)) for one in searched]
+    counts = [_units(one, thresholds, options.share_source or 1) for one in searched]
     options = replace(options, acceptance_prior=acceptance_prior(counts))
     if options.prune_at is None:
         return options
@@ -80,10 +80,20 @@ def fit(
     return replace(options, **margins)  # type: ignore[arg-type]
 
 
+def _units(searched: Searched, thresholds: Thresholds, share: int) -> tuple[int, int]:
+    """How many units, each the candidates of one source, were accepted, and how many made."""
+    accepted = {one.request.index // share for one in _passing(searched, thresholds)}
+    return len(accepted), len({one.request.index // share for one in searched.candidates})
+
+
 def _accepted(searched: Searched, thresholds: Thresholds) -> list[dict[str, float]]:
     """Predicted similarities, empty where there are none, of the candidates that pass."""
+    return [dict(one.predicted or {}) for one in _passing(searched, thresholds)]
+
+
+def _passing(searched: Searched, thresholds: Thresholds) -> list[Candidate]:
     return [
-        dict(candidate.predicted or {})
+        candidate
         for candidate in searched.candidates
         if candidate.similarities is not None
         and rejection(candidate.similarities, thresholds) is None

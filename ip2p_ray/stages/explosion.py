@@ -67,7 +67,7 @@ def explode(folder: str, rules: Rules, made: storage.Manifest) -> storage.Manife
 
     run.make(scores, origin("scores"), lambda: write(scores, _write_scores))
     run.make(rejects, origin("rejects"), lambda: write(rejects, _write_rejects))
-    return run.make(pairs, origin("pairs"), write_pairs)
+    return run.make(pairs, origin("pairs"), write_pairs, device_seconds=lambda: made.device_seconds)
 
 
 def exploded(shard: str, *, images: bool = True, only: Sequence[str] | None = None) -> pa.Table:

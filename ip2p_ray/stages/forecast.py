@@ -46,8 +46,10 @@ class Forecast:
     """Of one judge for a candidate."""
     generators: int
     """That the cluster has room for, of those asked for."""
+    cpu_generators: int
+    """Beside them, without a GPU; how fast those are is not measured."""
     judges: int
-    """As many as were asked for."""
+    """As many as there may be."""
     triplet_bytes: float
     """Of all pictures of a triplet on their way to the judge; 0 where they are judged at once."""
     pair_bytes: float
@@ -66,6 +68,12 @@ class Forecast:
         return (
             f"plan: a triplet's pictures, about {size(self.triplet_bytes)}, go to the judge in one "
             "piece; with --judge-actors 0 they stay where they are made"
+        )
+
+    def _beside(self) -> str:
+        return (
+            f"plan: what {self.cpu_generators} generators without a GPU make comes off that; how "
+            "fast they are is not measured"
         )
 
     @property
@@ -97,6 +105,7 @@ class Forecast:
             "again in pairs"
             + ("; pictures of so few steps are larger than finished ones" * self.extrapolated),
             *([self._carried()] * (self.triplet_bytes > BLOCK_BYTES)),
+            *([self._beside()] * bool(self.cpu_generators)),
             *([f"plan: {self.asked_batch} at a time do not fit"] * smaller),
             *(["plan: judging is what binds: more --judge-actors, or --judge-gpus"] * self.judging),
             *(["plan: what the options spare comes off that"] * self.spared),
@@ -151,7 +160,8 @@ def forecast_of(triplets: str, folder: str, config: PairConfig, making: Making) 
         generator_seconds=made.seconds + (judged if making.judges is None else 0.0),
         judge_seconds=judged,
         generators=_room(generators),
-        judges=_room(generators) if making.judges is None else making.judges.actors,
+        cpu_generators=generators.cpu_actors,
+        judges=_room(judges),
         triplet_bytes=0.0 if making.judges is None else config.candidates * pair_bytes,
         pair_bytes=pair_bytes,
         extrapolated=made.extrapolated,

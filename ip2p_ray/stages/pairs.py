@@ -11,8 +11,12 @@ so few blocks that the driver's memory does not grow with the number of triplets
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError
@@ -25,9 +29,12 @@ from ip2p_ray.search.options import SearchConfig, search_recipe
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.compaction import compact
 from ip2p_ray.stages.explosion import explode
+from ip2p_ray.stages.memory import memory_line
 from ip2p_ray.stages.pair_actors import GenerateCandidates, JudgeCandidates, SearchCandidates
 from ip2p_ray.stages.pairs_page import shown_below, write_page
 from ip2p_ray.stages.queue import PART_TRIPLETS, fill_queue
+
+logger = logging.getLogger(__name__)
 
 WORK = ".work"
 """Folder, in that of a part, of the many small shards that the plan writes, and of its notes."""
@@ -127,7 +134,7 @@ def generate_pairs(
             _make_part(part, candidates, replace(origin, dataset=name), number, steps)
         return []
 
-    made = run.make(candidates, origin, generate)
+    made = run.make(candidates, origin, generate, device_seconds=lambda: _parts_seconds(candidates))
     pairs = explode(folder, Rules(thresholds=config.thresholds, keep=config.keep), made)
     write_page(folder, config)
     return pairs
@@ -141,7 +148,7 @@ def _make_part(
     blocks = storage.join(part, WORK, "blocks")
 
     def generate() -> list[Report]:
-        plan.stream(
+        peaks = plan.stream(
             [source],
             blocks,
             name=origin.dataset,
@@ -152,12 +159,28 @@ def _make_part(
             rows_per_block=steps[0].resources.batch_size,
             patient=True,
         )
+        logger.info("%s: memory at most: %s", origin.dataset, memory_line(peaks))
         shards = storage.list_shards(blocks)
         compact(shards, part, name="candidates", key="triplet_key", schema=CANDIDATES)
         return []
 
-    run.make(part, replace(origin, sources={**origin.sources, "part": str(number)}), generate)
+    of_part = replace(origin, sources={**origin.sources, "part": str(number)})
+    run.make(part, of_part, generate, device_seconds=lambda: _device_seconds(part))
     storage.remove_all(storage.join(part, WORK))
+
+
+def _device_seconds(part: str) -> float:
+    """That the generators were busy with the candidates of a part."""
+    sums = (
+        pc.sum(pq.read_table(storage.local_path(shard), columns=["seconds"])["seconds"]).as_py()
+        for shard in storage.list_shards(part)
+    )
+    return round(sum(seconds or 0.0 for seconds in sums), 3)
+
+
+def _parts_seconds(candidates: str) -> float:
+    folders = sorted(storage.local_path(candidates).glob(f"part-*/{storage.MANIFEST}"))
+    return sum(storage.read_manifest(str(manifest.parent)).device_seconds for manifest in folders)
 
 
 def triplets_at_a_time(batch_size: int, candidates: int) -> int:
@@ -182,7 +205,7 @@ def _steps(
 ) -> list[plan.Step]:
     rows = triplets_at_a_time(making.holding.batch_size, config.candidates)
     if making.judges is None:
-        return [_search_step(config, making, recipe, rows)]
+        return [_search_step(config, making, recipe, rows, shown_below(triplets))]
     return [
         plan.Step(
             callable=actors[0],
@@ -208,7 +231,9 @@ def _steps(
     ]
 
 
-def _search_step(config: PairConfig, making: Making, recipe: str, rows: int) -> plan.Step:
+def _search_step(
+    config: PairConfig, making: Making, recipe: str, rows: int, below: str
+) -> plan.Step:
     batch = making.holding.batch_size
     if making.options.decides:  # so many that those which go on fill batches
         rows = max(rows, 2 * batch // making.options.decide_every)
@@ -223,6 +248,7 @@ def _search_step(config: PairConfig, making: Making, recipe: str, rows: int) -> 
             "config": config,
             "options": making.options,
             "recipe": recipe,
+            "shown_below": below,
         },
         resources=replace(making.generators, batch_size=rows),
     )

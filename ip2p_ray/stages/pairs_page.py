@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 from ip2p_ray import storage
 from ip2p_ray.gallery import Bins, ShownCandidate, pairs_page
 from ip2p_ray.pairs import PairConfig
+from ip2p_ray.rules import SHOWN_CANDIDATES
 from ip2p_ray.schema import SCORES, SIMILARITIES
+from ip2p_ray.search.triplet import PRUNED
 from ip2p_ray.stages import plan
 from ip2p_ray.stages.explosion import exploded
 
@@ -46,7 +48,7 @@ def write_page(folder: str, config: PairConfig) -> None:
     pictures = _pictures(folder, pa.concat_tables([best, borderline, rejected]))
     text = pairs_page(
         report=storage.read_manifest(storage.join(folder, "pairs")).reports[-1],
-        device_seconds=_device_seconds(folder),
+        device_seconds=storage.read_manifest(storage.join(folder, "pairs")).device_seconds,
         histograms={
             name: _coarse(counts[name], least) for name, least in config.thresholds.least().items()
         },
@@ -96,7 +98,8 @@ def _chosen(
         ]
         table = table.append_column("margin", pc.min_element_wise(*margins)).cast(columns)
         kept = pc.is_null(table["reason"])
-        shown = pc.and_(pc.invert(kept), pc.less(table["triplet_key"], below))
+        shown = pc.and_(pc.less(table["triplet_key"], below), pc.not_equal(table["reason"], PRUNED))
+        shown = pc.and_(shown, pc.less(table["index"], SHOWN_CANDIDATES))
         best = _first(best, table.filter(kept), "direction_similarity", "descending")
         borderline = _first(borderline, table.filter(kept), "margin", "ascending")
         rejected = _first(rejected, table.filter(shown), "pair_key", "ascending")
@@ -136,11 +139,6 @@ def _shown(rows: pa.Table, pictures: Mapping[str, tuple[bytes, bytes]]) -> list[
         for row in rows.to_pylist()
         if row["pair_key"] in pictures
     ]
-
-
-def _device_seconds(folder: str) -> float:
-    shards = plan.shards(storage.join(folder, "candidates"))
-    return sum(pc.sum(pq.read_table(s, columns=["seconds"])["seconds"]).as_py() for s in shards)
 
 
 def _coarse(counts: COUNTS, least: float) -> Bins:

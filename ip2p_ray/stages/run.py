@@ -59,6 +59,10 @@ class Resources:
     """GPUs of each actor."""
     batch_size: int = 8
     """Rows that an actor takes at a time."""
+    cpu_actors: int = 0
+    """Further ones that hold no GPU, beside those that do: a mixed pool."""
+    cpu_actor_cpus: float = 1.0
+    """Logical CPUs of each of those."""
 
     def __post_init__(self) -> None:
         if self.actors < 1 or self.batch_size < 1:
@@ -69,8 +73,21 @@ class Resources:
             raise ConfigError(
                 f"most_actors is at least actors, got {self.most_actors} and {self.actors}"
             )
-        if self.cpus < 0 or self.gpus < 0:
-            raise ConfigError(f"cpus and gpus are not negative, got {self.cpus} and {self.gpus}")
+        if self.cpus < 0 or self.gpus < 0 or self.cpu_actor_cpus < 0:
+            raise ConfigError(
+                f"cpus and gpus are not negative, got {self.cpus}, {self.cpu_actor_cpus} and "
+                f"{self.gpus}"
+            )
+        if self.cpu_actors < 0 or (self.cpu_actors and not self.gpus):
+            raise ConfigError(
+                f"cpu_actors is not negative, and stands beside actors with gpus, got "
+                f"{self.cpu_actors}"
+            )
+
+    @property
+    def all_cpus(self) -> float:
+        """Logical CPUs of all actors that there are at least."""
+        return self.actors * self.cpus + self.cpu_actors * self.cpu_actor_cpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +119,7 @@ def local_ray(*, workers: int, actors: Sequence[Resources] = ()) -> Iterator[Non
     Raises:
         ConfigError: there are not as many GPUs as the actors hold.
     """
-    cpus = sum(held.actors * held.cpus for held in actors)
+    cpus = sum(held.all_cpus for held in actors)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if "RAY_ADDRESS" not in os.environ:
         threads = max(1, usable_cores() // workers)
@@ -205,12 +222,14 @@ def make(
     origin: Origin,
     build: Callable[[], Sequence[Report]],
     *,
+    device_seconds: Callable[[], float] | None = None,
     note_every_s: float = NOTE_EVERY_S,
 ) -> storage.Manifest:
     """The manifest of the dataset at `uri`, made by `build` unless it lies there whole.
 
-    Its wall_seconds are those of all attempts at it. Each attempt notes its time in ORIGIN when it
-    ends and every `note_every_s` seconds, which is the most that kill -9 loses.
+    Its device_seconds are asked for once it is built. Its wall_seconds are those of all attempts
+    at it: each notes its time in ORIGIN when it ends and every `note_every_s` seconds, which is
+    the most that kill -9 loses.
 
     Raises:
         DatasetError: something made from another origin lies there.
@@ -236,6 +255,7 @@ def make(
             models=origin.models,
             reports=[report.as_dict() for report in reports],
             wall_seconds=wall_seconds,
+            device_seconds=device_seconds() if device_seconds else 0.0,
         ),
     )
     storage.remove_all(resume_folder(uri))
