@@ -73,7 +73,7 @@ CANDIDATES = pa.schema(
         *TRIPLETS,
         ("recipe", pa.string()),  # recipe() of the pair config and the models
         ("status", pa.string()),  # "ok", or why it has fewer candidates: "enough", "futile"
-        ("seconds", pa.float32()),  # that the generator's device was busy with the triplet
+        ("seconds", pa.float32()),  # that the generator's process was busy with the triplet
         (
             "candidates",
             pa.list_(

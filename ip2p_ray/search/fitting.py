@@ -50,7 +50,7 @@ def fit(
     *,
     lose: float = 0.05,
 ) -> SearchConfig:
-    """The options with prior and margins that suit the pilots.
+    """The options with prior and margins that suit the pilots, as far as they are read.
 
     Where candidates of the pilots were predicted, each of the three margins is the smallest that
     calls at most a third of `lose`, in [0, 1), of the accepted ones hopeless. Pilots for that are
@@ -61,7 +61,8 @@ def fit(
     """
     searched = list(pilots)
     counts = [_units(one, thresholds, options.share_source or 1) for one in searched]
-    options = replace(options, acceptance_prior=acceptance_prior(counts))
+    if options.decides:
+        options = replace(options, acceptance_prior=acceptance_prior(counts))
     if options.prune_at is None:
         return options
     accepted = [predicted for one in searched for predicted in _accepted(one, thresholds)]

@@ -159,7 +159,7 @@ def forecast_of(triplets: str, folder: str, config: PairConfig, making: Making) 
         batch_size=made.batch_size,
         generator_seconds=made.seconds + (judged if making.judges is None else 0.0),
         judge_seconds=judged,
-        generators=_room(generators),
+        generators=_room(generators, making.judges),
         cpu_generators=generators.cpu_actors,
         judges=_room(judges),
         triplet_bytes=0.0 if making.judges is None else config.candidates * pair_bytes,
@@ -258,11 +258,12 @@ def _measure_judge(
     return seconds / len(requests)
 
 
-def _room(asked: run.Resources) -> int:
-    """Actors that the cluster has room for now, at least one."""
+def _room(asked: run.Resources, beside: run.Resources | None = None) -> int:
+    """Actors that the cluster has room for now, at least one; `beside` hold their share first."""
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     most = float(asked.most_actors or asked.actors)
-    for held, name in ((asked.gpus, "GPU"), (asked.cpus, "CPU")):
+    taken = (0.0, 0.0) if beside is None else (beside.actors * beside.gpus, beside.all_cpus)
+    for held, name, gone in ((asked.gpus, "GPU", taken[0]), (asked.cpus, "CPU", taken[1])):
         if held:
-            most = min(most, have.get(name, 0.0) // held)
+            most = min(most, (have.get(name, 0.0) - gone) // held)
     return max(1, int(most))

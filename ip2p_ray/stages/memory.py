@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
 import ray
@@ -43,29 +42,6 @@ def peak_memory(every_s: float = 5.0) -> Iterator[dict[str, int]]:
         stop.set()
         thread.join()
         look()
-
-
-def measured(callable_class: type) -> type:
-    """The class of a plan's actors, which tells the `memory` of its constructor its own peak.
-
-    That is an actor with a method `note_memory(name, bytes)`; it is told after each batch.
-    """
-
-    class Measured(callable_class):  # type: ignore[misc]
-        def __init__(self, *, memory: Any, **arguments: Any) -> None:
-            super().__init__(**arguments)
-            self._told_memory = memory
-
-        def __call__(self, batch: Any) -> Iterator[Any]:
-            made = super().__call__(batch)
-            if isinstance(made, Iterator):
-                yield from made
-            else:
-                yield made
-            self._told_memory.note_memory.remote(callable_class.__name__, own_peak_bytes())
-
-    Measured.__name__ = Measured.__qualname__ = callable_class.__name__
-    return Measured
 
 
 def own_peak_bytes() -> int:

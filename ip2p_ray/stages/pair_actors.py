@@ -100,7 +100,6 @@ class SearchCandidates:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """A table for each triplet of the batch, as soon as its search has ended."""
         rows = batch.select(TRIPLETS.names).to_pylist()
-        began = time.monotonic()
         searched = self._generator.search(
             self._clip,
             rows,
@@ -109,8 +108,12 @@ class SearchCandidates:
             self._recipe,
             shown_below=self._shown_below,
         )
-        for found in searched:
-            seconds, began = time.monotonic() - began, time.monotonic()
+        while True:
+            began = time.monotonic()
+            found = next(searched, None)
+            seconds = time.monotonic() - began
+            if found is None:
+                return
             yield pa.Table.from_pylist([self._row(found, seconds)], schema=CANDIDATES)
 
     def _row(self, found: Searched, seconds: float) -> dict[str, Any]:

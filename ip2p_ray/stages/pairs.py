@@ -36,6 +36,9 @@ from ip2p_ray.stages.queue import PART_TRIPLETS, fill_queue
 
 logger = logging.getLogger(__name__)
 
+ROWS_ON_THE_WAY = 3
+"""Of each actor: one that it works on, one that waits for it, one that it has made."""
+
 WORK = ".work"
 """Folder, in that of a part, of the many small shards that the plan writes, and of its notes."""
 
@@ -68,6 +71,10 @@ class Making:
                 "what is spared is decided by the judge, which then has to be where the pictures "
                 "are made: judges must be None with any option"
             )
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is at least 1, got {self.limit}")
+        if self.part_triplets < 1:
+            raise ConfigError(f"part_triplets is at least 1, got {self.part_triplets}")
         shared = self.options.share_source or 1
         if 1 + shared > 2 * self.holding.batch_size:
             raise ConfigError(
@@ -76,6 +83,13 @@ class Making:
             )
         if self.judges is None and self.holding.compile:
             raise ConfigError("a search has batches of many shapes: compile needs judges")
+
+    def store_bytes(self, config: PairConfig) -> int:
+        """About what lies in Ray's object store at a time: rows on their way to the judges."""
+        if self.judges is None:
+            return 0
+        most = [held.most_actors or held.actors for held in (self.generators, self.judges)]
+        return ROWS_ON_THE_WAY * sum(most) * triplet_bytes(config)
 
     @property
     def actors(self) -> tuple[run.Resources, ...]:
@@ -181,6 +195,14 @@ def _device_seconds(part: str) -> float:
 def _parts_seconds(candidates: str) -> float:
     folders = sorted(storage.local_path(candidates).glob(f"part-*/{storage.MANIFEST}"))
     return sum(storage.read_manifest(str(manifest.parent)).device_seconds for manifest in folders)
+
+
+def triplet_bytes(config: PairConfig) -> int:
+    """Of a triplet's pictures as they go to the judge, at most: PNG is no larger than the pixels.
+
+    All of them are one row, which can be no smaller than a block.
+    """
+    return config.candidates * 2 * 3 * config.resolution**2
 
 
 def triplets_at_a_time(batch_size: int, candidates: int) -> int:

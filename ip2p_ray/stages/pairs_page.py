@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ip2p_ray import storage
+from ip2p_ray.filtering import NOT_BEST
 from ip2p_ray.gallery import Bins, ShownCandidate, pairs_page
 from ip2p_ray.pairs import PairConfig
 from ip2p_ray.rules import SHOWN_CANDIDATES
@@ -66,7 +67,8 @@ def write_page(folder: str, config: PairConfig) -> None:
 def _counted(scores: Iterable[str], config: PairConfig) -> tuple[dict[str, COUNTS], COUNTS]:
     """Histograms of each similarity over [-1, 1] and of self_replace over its range.
 
-    int64 (2, bin) each: the rejected, then the kept.
+    int64 (2, bin) each: of a similarity the rejected, then the kept; of self_replace those that
+    fall short of a threshold, then those that do not, whether better ones were kept or not.
     """
     edges = np.linspace(-1.0, 1.0, _FINE + 1)
     low, high = config.self_replace
@@ -80,6 +82,8 @@ def _counted(scores: Iterable[str], config: PairConfig) -> tuple[dict[str, COUNT
             for name in SIMILARITIES:
                 values = side[name].drop_null().to_numpy()
                 counts[name][row] += np.histogram(np.clip(values, -1, 1), edges)[0]
+        passed = pc.or_(kept, pc.fill_null(pc.equal(table["reason"], NOT_BEST), False))
+        for row, side in enumerate((table.filter(pc.invert(passed)), table.filter(passed))):
             shares[row] += np.histogram(np.clip(side["self_replace"], low, high), parts)[0]
     return counts, shares
 
@@ -161,7 +165,7 @@ def _coarse(counts: COUNTS, least: float) -> Bins:
 
 
 def _points(shares: COUNTS, bounds: tuple[float, float]) -> list[tuple[float, float]]:
-    """(self_replace, share that was kept) of each bin that has candidates."""
+    """(self_replace, share that passed) of each bin that has candidates."""
     low, high = bounds
     width = (high - low) / _SHARES
     return [

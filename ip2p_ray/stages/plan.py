@@ -20,13 +20,16 @@ from ip2p_ray import storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.places import Places
 from ip2p_ray.stages import run
-from ip2p_ray.stages.memory import measured, peak_memory
+from ip2p_ray.stages.memory import peak_memory
 from ip2p_ray.stages.progress import HEARTBEAT_S, Progress, shown
+from ip2p_ray.stages.watching import Known, Tally, watched
 
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 << 20
 TASK_CPUS = 0.25
+
+_LAST_WORDS_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,9 @@ def shards(uri: str, prefix: str = "") -> list[str]:
     Raises:
         DatasetError: the dataset is not whole.
     """
-    storage.require_manifest(uri)
-    return [shard for shard in storage.list_shards(uri) if Path(shard).name.startswith(prefix)]
+    manifest = storage.read_manifest(uri)
+    names = [shard.name for shard in manifest.shards]
+    return [storage.join(uri, name) for name in names if Path(name).name.startswith(prefix)]
 
 
 def stream(
@@ -135,7 +139,7 @@ def _sent(data: Any, step: Step | Callable[[Any], Any], blocks: int, tally: Any)
     arguments = {**step.arguments, **({"tally": tally} if step.counts else {})}
     actor = step.callable
     if step.blocks is None:
-        actor, arguments = measured(actor), {**arguments, "memory": tally}
+        actor, arguments = watched(actor), {**arguments, "watching": tally}
     options: dict[str, Any] = {"num_gpus": resources.gpus} if resources.gpus else {}
     if resources.cpu_actors:
         options["ray_remote_args_fn"] = _Mixed(resources)
@@ -196,65 +200,47 @@ def _context(key: str, resume: str) -> Any:
 
 @contextmanager
 def counted(progress: Progress, *, every_s: float = HEARTBEAT_S) -> Iterator[Any]:
-    """An actor whose `add` advances the progress, which is shown while the block runs."""
+    """A Tally whose `add` advances the progress, which is shown while the block runs."""
     tally = Tally.remote()  # type: ignore[attr-defined]
-    before = progress.done
+    before, warned = progress.done, 0
     asked: list[Any] = []
 
-    def poll() -> int:
+    def poll(wait_s: float = 0.0) -> int:
         """What was counted when the tally last answered; it may be slow, or lost with its node."""
+        nonlocal warned
         if not asked:
-            asked.append(tally.total.remote())
-        if not ray.wait(asked, timeout=0)[0]:
+            asked.append(tally.known.remote())
+        if not ray.wait(asked, timeout=wait_s)[0]:
             return progress.done
         try:
-            return before + int(ray.get(asked.pop()))
+            known: Known = ray.get(asked.pop())
         except ray.exceptions.RayActorError:
             return progress.done
+        for text in known.warnings[warned:]:
+            logger.warning("%s: %s", progress.stage, text)
+        warned = len(known.warnings)
+        return before + known.total
 
     try:
         with shown(progress, poll, every_s=every_s):
             yield tally
+        asked.clear()
+        poll(_LAST_WORDS_S)
     finally:
         ray.kill(tally)
 
 
-@ray.remote(num_cpus=0)
-class Tally:
-    """Counts what processes tell it, for the one that shows it."""
-
-    def __init__(self) -> None:
-        self._total = 0
-        self._peaks: dict[str, int] = {}
-
-    def add(self, count: int) -> None:
-        """So many more."""
-        self._total += count
-
-    def total(self) -> int:
-        """All so far."""
-        return self._total
-
-    def note_memory(self, name: str, peak: int) -> None:
-        """The most memory, in bytes, that a process of that name has had."""
-        self._peaks[name] = max(peak, self._peaks.get(name, 0))
-
-    def peaks(self) -> dict[str, int]:
-        """The largest of each name."""
-        return self._peaks
+def _peaks(tally: Any) -> dict[str, int]:
+    try:
+        known: Known = ray.get(tally.known.remote(), timeout=_LAST_WORDS_S)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # lost with its node
+        return {}
+    return known.peaks
 
 
 def _count(table: pa.Table, tally: Any) -> pa.Table:
     tally.add.remote(table.num_rows)
     return table
-
-
-def _peaks(tally: Any) -> dict[str, int]:
-    try:
-        peaks: dict[str, int] = ray.get(tally.peaks.remote())
-    except ray.exceptions.RayActorError:  # lost with its node
-        return {}
-    return peaks
 
 
 def _is_committed(note: str) -> bool:

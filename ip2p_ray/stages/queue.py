@@ -80,10 +80,22 @@ def _rows(triplets: str) -> Iterator[dict[str, Any]]:
                         f"shard {shard} holds no triplets: it lacks {', '.join(sorted(missing))}; "
                         "jobs/collect_captions.py makes triplets of prompt files"
                     )
+                for name in TRIPLETS.names:
+                    kind = file.schema_arrow.field(name).type
+                    if not _is_text(kind):
+                        raise DatasetError(
+                            f"shard {shard} holds no triplets: its column {name} is {kind}"
+                        )
                 for batch in file.iter_batches(4096, columns=TRIPLETS.names):
                     yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise DatasetError(f"shard {shard} cannot be read: {error}") from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _reasons(triplets: str, limit: int | None) -> list[str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 import ip2p_ray
@@ -37,6 +39,11 @@ logger = logging.getLogger(__name__)
 ORIGIN = "_origin.json"
 RESUME = ".resume"
 REJECTED = "rejects"
+
+_OF_THE_DISK = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "EMFILE")
+}
 
 NOTE_EVERY_S = 10.0
 """How often an attempt notes its time; kill -9 loses at most so much of it."""
@@ -110,11 +117,13 @@ class Origin:
 
 
 @contextmanager
-def local_ray(*, workers: int, actors: Sequence[Resources] = ()) -> Iterator[None]:
+def local_ray(
+    *, workers: int, actors: Sequence[Resources] = (), store_bytes: int = 0
+) -> Iterator[None]:
     """A Ray for the block: that of RAY_ADDRESS, else a small one that only this machine reaches.
 
     `workers` processes compute at the same time and share the machine's cores. There is room for
-    the `actors`.
+    the `actors`, and in its object store for at least `store_bytes`, as far as memory goes.
 
     Raises:
         ConfigError: there are not as many GPUs as the actors hold.
@@ -130,7 +139,7 @@ def local_ray(*, workers: int, actors: Sequence[Resources] = ()) -> Iterator[Non
             # Actors and tasks hold fractions; below 4 a plan's tasks may find none left.
             "num_cpus": max(4, workers + 2, math.ceil(cpus) + 2),
             "include_dashboard": False,
-            "object_store_memory": 256 << 20,
+            "object_store_memory": max(256 << 20, min(store_bytes, _free_memory() // 3)),
         }
     with _silent_stderr():
         ray.init(**options)
@@ -142,6 +151,10 @@ def local_ray(*, workers: int, actors: Sequence[Resources] = ()) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def _free_memory() -> int:
+    return int(psutil.virtual_memory().available)
 
 
 def _require_gpus(actors: Sequence[Resources]) -> None:
@@ -379,11 +392,19 @@ def guarded(name: str, work: Callable[[], object]) -> int:
 
 
 def own_error(error: BaseException | None) -> Ip2pError | None:
-    """The error of this package that caused one of Ray's, in the process where it was raised."""
+    """The error of this package that caused one of Ray's, in the process where it was raised.
+
+    What the disk refuses is one too, a StorageError.
+    """
     if error is None:
         return None
-    if isinstance(error, Ip2pError) and not isinstance(error, ray.exceptions.RayTaskError):
-        return error
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        if isinstance(error, Ip2pError):
+            return error
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            told = error.strerror or str(error)
+            where = f"{error.filename}: " if error.filename else ""
+            return StorageError(f"{where}{told}; once that is mended the same command goes on")
     failures = getattr(error, "worker_failures", None)
     # Workers that only miss the one that failed are named beside it.
     causes = list(failures.values()) if isinstance(failures, Mapping) else []

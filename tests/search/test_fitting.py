@@ -35,8 +35,9 @@ def test_nothing_accepted_is_a_prior_too() -> None:
 
 
 def test_candidates_of_one_source_count_once_for_the_prior() -> None:
-    alone, shared = SearchConfig(), SearchConfig(share_source=40)
-    found = pilots(alone)
+    alone = SearchConfig(give_up=0.2)
+    shared = SearchConfig(give_up=0.2, decide_every=40, share_source=40)
+    found = pilots(SearchConfig())
     yes, no = fit(alone, found, THRESHOLDS).acceptance_prior
     assert 0.3 < yes / (yes + no) < 0.7  # of candidates
     yes, no = fit(shared, found, THRESHOLDS).acceptance_prior

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 DRIVER = Path(__file__).parent / "pairs_driver.py"
-KILLS, TRIPLETS, MOST_ACTORS = 20, 200, 3
+KILLS, TRIPLETS, MOST_ACTORS = 20, 240, 3
 SECONDS = 1.5  # of one triplet
 
 
@@ -130,6 +130,7 @@ def test_twenty_kills_change_nothing(runs, tmp_path):
 
     draw = random.Random(20)
     kills = Counter()
+    whole_parts = set()  # that there were when something was killed
     while kills.total() < KILLS:
         driver = runs.start(killed, draw.randint(1, MOST_ACTORS), SECONDS)
         while driver.poll() is None and kills.total() < KILLS:
@@ -137,6 +138,7 @@ def test_twenty_kills_change_nothing(runs, tmp_path):
             kind = draw.choice(["driver", "driver", "worker", "node"])
             if driver.poll() is None and runs.kill(kind, driver, killed, draw):
                 kills[kind] += 1
+                whole_parts.add(len(list(killed.glob("candidates/part-*/_manifest.json"))))
         if driver.poll() == 0:
             break  # it was done before the last kill
         driver.kill()
@@ -149,6 +151,8 @@ def test_twenty_kills_change_nothing(runs, tmp_path):
     again = made.total() - len(made)
     logger.info("%s kills; %d of %d triplets were made again", dict(kills), again, len(made))
     assert len(made) == TRIPLETS
+    assert kills.total() == KILLS
+    assert len(whole_parts) > 1, "all kills fell into the same part"
     assert set(kills) == {"driver", "worker", "node"}
     assert again <= kills.total() * MOST_ACTORS
     assert not list(killed.rglob("*.tmp"))
