@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 from ip2p_ray import export, storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.report import Report
-from ip2p_ray.schema import PAIRS
+from ip2p_ray.schema import PAIRS, SPLITS
 from ip2p_ray.stages import run
-from ip2p_ray.stages.filtering import SPLITS, stored_rules
+from ip2p_ray.stages.filtering import stored_rules
 from ip2p_ray.stages.shards import PICTURE_ROWS, TableShards, clear, read_tables, require_free
 
 CARD = "README.md"

@@ -24,13 +24,11 @@ from ip2p_ray.errors import DatasetError, StageError
 from ip2p_ray.filtering import NOT_BEST, rejection, select
 from ip2p_ray.report import Report
 from ip2p_ray.rules import NO_PICTURE, Rules, nothing_kept, reject_row
-from ip2p_ray.schema import PAIRS, REJECTS, SCORES, SIMILARITIES
+from ip2p_ray.schema import PAIRS, REJECTS, SCORES, SIMILARITIES, SPLITS
 from ip2p_ray.stages import run
 from ip2p_ray.stages.shards import PICTURE_ROWS, TableShards, clear, read_tables, require_free
 
 logger = logging.getLogger(__name__)
-
-SPLITS = ("train", "held_out")
 
 _ROWS = 20_000
 _JUDGED = ("triplet_key", "pair_key", "index", *SIMILARITIES, "reason")

@@ -24,10 +24,9 @@ from ip2p_ray.layouts import Given, PairFiles
 from ip2p_ray.own_pairs import DUPLICATE, UNUSABLE, OwnPairsConfig, stored_picture
 from ip2p_ray.report import Report
 from ip2p_ray.rules import Rules, nothing_kept, reject_row
-from ip2p_ray.schema import PAIRS, REJECTS, SCORES, caption_key
+from ip2p_ray.schema import PAIRS, REJECTS, SCORES, SPLITS, caption_key
 from ip2p_ray.stages import run
 from ip2p_ray.stages.checked import check_rows, in_chunks
-from ip2p_ray.stages.filtering import SPLITS
 from ip2p_ray.stages.shards import TableShards, clear, require_free
 from ip2p_ray.stages.verdicts import Verdicts
 
