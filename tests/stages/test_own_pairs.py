@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import math
 
 import numpy as np
 import pyarrow as pa
@@ -432,3 +433,58 @@ def test_pictures_in_a_parquet_file(tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(content, schema=schema), tmp_path / "a.parquet")
     assert collect_own_pairs(own(tmp_path / "a.parquet"), str(tmp_path / "out")).rows == 40
+
+
+def test_lines_that_cannot_be_read_are_rejects_with_their_why(tmp_path):
+    write_table(tmp_path, rows_of(4))
+    names = [(f"{number}-0.bin", f"make it {number}", f"{number}-2.bin") for number in range(4)]
+    lines = [json.dumps(dict(zip(NAMES, row, strict=True))) for row in names]
+    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], '{"source_image": bro', *lines[1:]]))
+    huge = "x" * (csv.field_size_limit() + 1)
+    rows = [",".join(NAMES), *map(",".join, names), f'0-0.bin,"{huge}",1-2.bin']
+    (tmp_path / "b.csv").write_text("\n".join(rows))
+    for name, line, why in (("a.jsonl", 2, "not a line of JSON"), ("b.csv", 6, "larger than")):
+        out = tmp_path / f"out-{name}"
+        assert collect_own_pairs(own(tmp_path / name), str(out)).rows == 4
+        [reject] = read(out, "rejects/pairs", REJECTS)
+        assert (reject["key"], reject["reason"]) == (f"{name}:{line}", "unreadable_row")
+        assert why in reject["detail"]
+
+
+def write_prompt(root, **told):
+    """The reference's layout with four pairs, of which the last has other metadata."""
+    folder = root / "0"
+    folder.mkdir(parents=True)
+    texts = {"caption": "a cat", "edit": "make it a dog", "output": "a dog"}
+    (folder / "prompt.json").write_text(json.dumps(texts))
+    lines = []
+    for seed in range(4):
+        for place in (0, 1):
+            (folder / f"{seed}_{place}.png").write_bytes(encoded(2 * seed + place))
+        row = {"seed": seed, "p2p_threshold": 0.5, "cfg_scale": 9.0, "clip_sim_image": 0.8}
+        row |= dict.fromkeys(("clip_sim_0", "clip_sim_1", "clip_sim_dir"), 0.3)
+        lines.append(json.dumps({**row, **(told if seed == 3 else {})}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"clip_sim_dir": math.nan}, "direction_similarity"),
+        ({"clip_sim_dir": math.inf}, "direction_similarity"),
+        ({"clip_sim_0": 10**400}, "caption_similarity"),
+        ({"clip_sim_image": "0.8"}, "image_similarity"),
+        ({"seed": 3.5}, "bad_seed"),
+        ({"cfg_scale": 16777217, "clip_sim_0": 10**18}, None),
+        ({"clip_sim_dir": None, "cfg_scale": math.nan}, None),
+    ],
+)
+def test_numbers_of_the_metadata_that_are_none_or_too_large(tmp_path, told, reason):
+    root, out = write_prompt(tmp_path / "root", **told), tmp_path / "out"
+    collect_own_pairs(own(root, rules=Rules(thresholds=Thresholds(), keep=None)), str(out))
+    rejects = read(out, "rejects/pairs", REJECTS)
+    assert [row["reason"] for row in rejects] == ([] if reason is None else [reason])
+    again = Rules(thresholds=Thresholds(), keep=2)
+    rejudge_pairs(str(out), str(tmp_path / "again"), again)
+    assert len(read(tmp_path / "again", "pairs", PAIRS)) == 2
