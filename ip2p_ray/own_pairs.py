@@ -103,18 +103,16 @@ def check(given: Given, config: OwnPairsConfig) -> tuple[dict[str, Any], Picture
     if row["seed"] is None and given.made_with.get("seed") is not None:
         told = f"{given.made_with['seed']!r} is no integer of 64 bits"
         return _dropped(row, BAD_SEED, told)
-    pictures, plain = [], []
+    pictures = []
     for name, picture in (("source", given.source), ("edited", given.edited)):
         try:
-            image, as_it_is = decode_stored(_bytes(picture))
+            pictures.append(decode_image(_bytes(picture)))
         except _Missing as error:
             return _dropped(row, MISSING, f"{name}: {error}")
         except LargeImageError as error:
             return _dropped(row, TOO_LARGE, f"{name}: {error}")
         except ImageError as error:
             return _dropped(row, BROKEN, f"{name}: {error}")
-        pictures.append(image)
-        plain.append(as_it_is)
     source, edited = pictures
     row |= {"width": source.width, "height": source.height}
     if source.size != edited.size:
@@ -122,28 +120,31 @@ def check(given: Given, config: OwnPairsConfig) -> tuple[dict[str, Any], Picture
         return _dropped(row, SIZES_DIFFER, f"{sizes} (source and edited)")
     if min(source.size) < config.min_side:
         return _dropped(row, TOO_SMALL, f"{source.width} x {source.height}")
-    row |= dict(zip(("source_plain", "edited_plain"), plain, strict=True))
     row |= {"source_digest": pixel_digest(source), "edited_digest": pixel_digest(edited)}
     row |= _keys(row)
     return row, (source, edited)
 
 
 def stored_picture(
-    picture: bytes | Path | None, *, plain: bool, config: OwnPairsConfig
+    picture: bytes | Path | None, *, digest: str, config: OwnPairsConfig
 ) -> dict[str, Any]:
     """The picture of a row that was checked, as `schema.IMAGE`: unchanged where it may be.
 
+    `digest` is the `pixel_digest` that it had then.
+
     Raises:
-        ImageError: it cannot be read any more.
+        ImageError: it cannot be read any more, or is another picture now.
     """
     try:
         data = _bytes(picture)
     except _Missing as error:
         raise ImageError(str(error)) from error
-    if config.resolution is not None or not plain:
-        image = decode_image(data)
-        if not plain or image.size != (config.resolution, config.resolution):
-            data = encode_png(fitted(image, config))
+    image, plain = decode_stored(data)
+    if pixel_digest(image) != digest:
+        raise ImageError("it is another picture now")
+    small = fitted(image, config)
+    if not plain or small is not image:
+        data = encode_png(small)
     return {"bytes": data, "path": None}
 
 

@@ -150,8 +150,8 @@ def test_sizes_are_compared_upright():
     found, (_, edited) = check(row(encoded(upright), turned(lying, 6)), CONFIG)
     assert found["reason"] is None
     assert edited.size == (24, 32)
-    assert (found["source_plain"], found["edited_plain"]) == (True, False)
-    stored = stored_picture(turned(lying, 6), plain=False, config=CONFIG)["bytes"]
+    digest = found["edited_digest"]
+    stored = stored_picture(turned(lying, 6), digest=digest, config=CONFIG)["bytes"]
     assert pixel_digest(decode_image(stored)) == found["edited_digest"]
 
 
@@ -172,8 +172,7 @@ def test_sizes_are_compared_upright():
 )
 def test_only_what_would_read_differently_is_encoded_anew(data, plain):
     found, (source, _) = check(row(source=data), CONFIG)
-    assert found["source_plain"] is plain
-    stored = stored_picture(data, plain=plain, config=CONFIG)["bytes"]
+    stored = stored_picture(data, digest=found["source_digest"], config=CONFIG)["bytes"]
     assert (stored == data) is plain
     with Image.open(io.BytesIO(stored)) as image:
         assert image.mode == "RGB"
@@ -185,12 +184,14 @@ def test_a_resolution_brings_both_pictures_to_it_and_leaves_those_that_have_it()
     config = OwnPairsConfig(min_side=16, resolution=16)
     found, (source, _) = check(row(), config)
     assert found["source_digest"] == pixel_digest(pixels(0)), "a key does not depend on it"
-    stored = stored_picture(encoded(pixels(0)), plain=True, config=config)["bytes"]
+    digest = found["source_digest"]
+    stored = stored_picture(encoded(pixels(0)), digest=digest, config=config)["bytes"]
     small = fitted(source, config)
     assert small.size == (16, 16)
     assert pixel_digest(decode_image(stored)) == pixel_digest(small)
     exact = encoded(pixels(0, (16, 16)), "JPEG")
-    assert stored_picture(exact, plain=True, config=config)["bytes"] == exact
+    digest = pixel_digest(decode_image(exact))
+    assert stored_picture(exact, digest=digest, config=config)["bytes"] == exact
 
 
 def test_what_the_data_brought_along_is_kept():
@@ -237,7 +238,14 @@ def test_a_seed_that_is_an_integer_is_kept(seed):
 
 def test_a_picture_that_is_gone_meanwhile_is_told(tmp_path):
     with pytest.raises(ImageError, match="cannot be read"):
-        stored_picture(tmp_path / "gone.png", plain=True, config=CONFIG)
+        stored_picture(tmp_path / "gone.png", digest="", config=CONFIG)
+
+
+def test_a_picture_that_is_another_one_meanwhile_is_told():
+    digest = pixel_digest(pixels(0))
+    assert stored_picture(encoded(pixels(0)), digest=digest, config=CONFIG)
+    with pytest.raises(ImageError, match="another picture"):
+        stored_picture(encoded(pixels(1)), digest=digest, config=CONFIG)
 
 
 @examples(st.lists(st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=3), max_size=8))

@@ -177,6 +177,41 @@ def test_too_many_unusable_rows_fail_with_their_reasons_and_more_may_be_allowed(
     assert collect_own_pairs(own(path, max_reject_share=0.2), out).rows == 6
 
 
+def test_what_was_mended_is_found_by_the_same_command(tmp_path):
+    rows = [*rows_of(4), ("4-0.bin", "make it 4", encoded(9)), rows_of(6)[5]]
+    path, out = write_table(tmp_path, rows), str(tmp_path / "out")
+    for _ in range(2):
+        with pytest.raises(StageError, match="1 of 6 rows are unusable"):
+            collect_own_pairs(own(path, max_reject_share=0.1), out)
+        [reject] = read(out, "rejects/pairs", REJECTS)
+        assert (reject["key"], reject["reason"]) == ("pairs.csv:6", "image_missing")
+    (tmp_path / "4-0.bin").write_bytes(encoded(8))
+    assert collect_own_pairs(own(path, max_reject_share=0.1), out).rows == 6
+    assert len(read(out, "scores", SCORES)) == 6
+    assert read(out, "rejects/pairs", REJECTS) == []
+
+
+def test_a_share_that_a_finished_run_exceeds_costs_nothing_of_it(tmp_path):
+    path, out = write_table(tmp_path, [*rows_of(2), (b"x", "a", b"y")]), str(tmp_path / "out")
+    made = collect_own_pairs(own(path), out)
+    with pytest.raises(StageError, match="unusable"):
+        collect_own_pairs(own(path, max_reject_share=0.1), out)
+    assert len(read(out, "checked", CHECKED)) == 3
+    assert collect_own_pairs(own(path), out) == made
+
+
+def test_datasets_that_were_not_read_off_checked_rows_stay(tmp_path):
+    out = tmp_path / "out"
+    origin = {"config": {}, "sources": {"candidates": "a"}}
+    for name in ("scores", "rejects/pairs"):
+        (out / name).mkdir(parents=True)
+        (out / name / "_origin.json").write_text(json.dumps(origin))
+    with pytest.raises(DatasetError, match="made differently"):
+        collect_own_pairs(own(write_table(tmp_path, rows_of(1))), str(out))
+    for name in ("scores", "rejects/pairs"):
+        assert (out / name / "_origin.json").exists()
+
+
 def test_no_usable_row_and_no_row_at_all_are_told(tmp_path):
     path = write_table(tmp_path / "a", [(b"x", "a", b"y")])
     with pytest.raises(StageError, match="none of 1 rows could be kept: image_broken 1"):
@@ -274,13 +309,16 @@ def test_thresholds_apply_to_own_pairs_and_can_be_chosen_again(tmp_path, judge):
     impossible = Rules(thresholds=Thresholds(image=1.0), keep=None)
     with pytest.raises(StageError, match="10 by image_similarity below 1"):
         collect_own_pairs(own(path, rules=impossible), str(tmp_path / "none"), judge)
+    assert len(read(tmp_path / "none", "scores", SCORES)) == 10  # the sentence names them
+    assert collect_own_pairs(own(path, rules=loose), str(tmp_path / "none"), judge).rows == 10
 
 
-def test_thresholds_without_similarities_ask_for_a_judge(tmp_path):
+def test_thresholds_without_similarities_ask_for_a_judge(tmp_path, judge):
     path = write_table(tmp_path, rows_of(2))
-    rules = Rules(thresholds=Thresholds())
+    rules = Rules(thresholds=Thresholds(image=-1))
     with pytest.raises(StageError, match="brought no similarities; name a CLIP model with --judge"):
         collect_own_pairs(own(path, rules=rules), str(tmp_path / "out"))
+    assert collect_own_pairs(own(path, rules=rules), str(tmp_path / "out"), judge).rows == 2
 
 
 def test_the_references_layout_brings_its_draws_and_scores(tmp_path):
@@ -407,8 +445,19 @@ def test_an_input_that_changed_after_it_was_checked_is_told(tmp_path):
     collect_own_pairs(own(path), str(out))
     (out / "pairs" / storage.MANIFEST).unlink()
     (tmp_path / "1-0.bin").unlink()
-    with pytest.raises(DatasetError, match=r"changed since it was checked, first at pairs\.csv:3"):
+    told = r"changed since it was checked, first at pairs\.csv:3; delete .*checked and run"
+    with pytest.raises(DatasetError, match=told):
         collect_own_pairs(own(path), str(out))
+    (tmp_path / "1-0.bin").write_bytes(encoded(99))
+    with pytest.raises(DatasetError, match=told):
+        collect_own_pairs(own(path), str(out))
+    # What it advises is all that is needed.
+    storage.remove_all(out / "checked")
+    collect_own_pairs(own(path), str(out))
+    changed = next(r for r in read(out, "pairs", PAIRS) if r["instruction"] == "make it 1")
+    assert changed["source_image"]["bytes"] == encoded(99)
+    keys = {row["pair_key"] for row in read(out, "pairs", PAIRS)}
+    assert {row["pair_key"] for row in read(out, "scores", SCORES)} == keys
 
 
 def test_many_threads_keep_the_order(tmp_path):
