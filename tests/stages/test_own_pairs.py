@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -430,6 +431,37 @@ def test_a_kill_anywhere_loses_nothing_and_leaves_nothing_twice(tmp_path):
         out = str(tmp_path / f"killed-{event}")
         killed = killed_at(event, lambda out=out: collect_own_pairs(own(path), out))
         collect_own_pairs(own(path), out)
+        for name, schema in (
+            *(("checked", CHECKED), ("scores", SCORES)),
+            *(("pairs", PAIRS), ("rejects/pairs", REJECTS)),
+        ):
+            assert read(out, name, schema) == read(truth, name, schema)
+        if not killed:
+            break
+    assert event > 20
+
+
+@pytest.mark.slow
+def test_a_kill_of_a_run_that_fails_leaves_nothing_of_what_was_mended_since(tmp_path):
+    rows = [*rows_of(4), ("4-0.bin", "make it 4", encoded(9))]
+    path, truth = write_table(tmp_path, rows), str(tmp_path / "truth")
+    given, picture = own(path, max_reject_share=0.1), tmp_path / "4-0.bin"
+
+    def fail(out):
+        with suppress(StageError):
+            collect_own_pairs(given, out)
+
+    picture.write_bytes(encoded(8))
+    collect_own_pairs(given, truth)
+    for event in itertools.count(0, 7):
+        out = str(tmp_path / f"killed-{event}")
+        picture.unlink()
+        fail(out)
+        killed = killed_at(event, lambda out=out: fail(out))
+        picture.write_bytes(encoded(8))
+        with suppress(StageError):  # once more, where the kill fell before the end that it had
+            collect_own_pairs(given, out)
+        collect_own_pairs(given, out)
         for name, schema in (
             *(("checked", CHECKED), ("scores", SCORES)),
             *(("pairs", PAIRS), ("rejects/pairs", REJECTS)),
