@@ -11,7 +11,7 @@ from ip2p_ray.errors import ConfigError
 from ip2p_ray.filtering import NOT_BEST, Thresholds
 
 NO_PICTURE = "picture_not_kept"
-"""Reason of a candidate that passes now but did not when its pictures were there."""
+"""Reason of a candidate that is among the best now but was not when its pictures were there."""
 
 
 SHOWN_CANDIDATES = 8
@@ -84,5 +84,5 @@ def nothing_kept(counts: Mapping[str | None, int], rules: Rules, scores: str) ->
     return (
         f"pairs: none of {sum(counts.values()):,} candidates was accepted: "
         f"{', '.join(told) or 'there are none'}. Their scores are in {scores}; lower that "
-        "threshold or bring more candidates"
+        "threshold or bring more candidates, and give a new --out"
     )

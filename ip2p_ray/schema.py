@@ -19,6 +19,9 @@ from ip2p_ray.errors import ConfigError
 SCHEMA_VERSION = 2
 """Raised whenever a column or the derivation of a key or seed changes."""
 
+SPLITS = ("train", "held_out")
+"""What `split_of` may answer: on the second no editor is trained."""
+
 # Encoded bytes, in the form that Hugging Face `datasets` reads as an Image feature.
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

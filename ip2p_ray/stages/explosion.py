@@ -20,11 +20,9 @@ from ip2p_ray import storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.report import Report
 from ip2p_ray.rules import Rules, nothing_kept, reject_row
-from ip2p_ray.schema import CANDIDATES, PAIRS, REJECTS, SCORES, pair_key
+from ip2p_ray.schema import CANDIDATES, PAIRS, REJECTS, SCORES, SPLITS, pair_key
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.shards import TableShards, clear
-
-SPLITS = ("train", "held_out")
 
 _IMAGES = ("source_image", "edited_image")
 _CANDIDATE = [field.name for field in CANDIDATES.field("candidates").type.value_type]

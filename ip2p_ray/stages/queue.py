@@ -15,7 +15,7 @@ from ip2p_ray import storage
 from ip2p_ray.distinct import KEPT, NOT_SAMPLED, Distinct
 from ip2p_ray.errors import DatasetError, StageError
 from ip2p_ray.report import Report
-from ip2p_ray.schema import REJECTS, TRIPLETS, triplet_key
+from ip2p_ray.schema import REJECTS, SPLITS, TRIPLETS, triplet_key
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.captions import Shards
 from ip2p_ray.stages.shards import clear
@@ -118,7 +118,7 @@ def _fault(row: dict[str, Any]) -> str | None:
         return NO_TEXT
     if row["triplet_key"] != triplet_key(*texts):
         return WRONG_KEY
-    return None if row["split"] in ("train", "held_out") else UNKNOWN_SPLIT
+    return None if row["split"] in SPLITS else UNKNOWN_SPLIT
 
 
 def _judge(report: Report, triplets: str, max_reject_share: float, rejects: str) -> None:
