@@ -59,6 +59,15 @@ def test_the_same_batches_give_the_same_bytes_and_others_nearly(model):
         assert off(three, pictures(model, Holding(batch_size=size))[1]) <= 1
 
 
+def test_in_bfloat16_other_batches_give_the_same_up_to_its_rounding(model, tmp_path):
+    model.save(tmp_path / "sd")
+    half = GeneratorWeights(source=str(tmp_path / "sd"), dtype="bfloat16").load()
+    five = pictures(half, Holding(batch_size=5))[1]
+    assert (five == pictures(half, Holding(batch_size=5))[1]).all()
+    for size in (1, 2, 3):
+        assert off(five, pictures(half, Holding(batch_size=size))[1]) <= 4  # of 255
+
+
 def test_decoding_has_a_batch_of_its_own(model):
     asked = []
 
