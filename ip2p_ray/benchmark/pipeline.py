@@ -41,10 +41,13 @@ class Options:
 
 def run(job: Options) -> str:
     """A line for each figure; the JSON file is written."""
+    import torch
+
     import ip2p_ray.stages.overhead  # noqa: F401 - loads Ray Data, which sets up its own logging
+    from ip2p_ray.benchmark.measure import LIBRARIES, facts
     from ip2p_ray.stages.run import local_ray
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = facts(torch.device("cpu"), (*LIBRARIES, "ray"))
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as folder, local_ray(workers=max(SIMULATED)):
         place = Path(folder)

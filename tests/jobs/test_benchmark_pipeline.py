@@ -50,6 +50,8 @@ def test_what_ray_costs_is_measured(tmp_path):
     done = run_job(*asked, "--json", told)
     assert done.returncode == 0, done.stderr
     found = json.loads(told.read_text())
+    assert found["date"]
+    assert found["versions"]["ray"]
     assert [run["workers"] for run in found["sleeping"]] == [1, 2, 4]
     assert [run["triplets"] for run in found["sleeping"]] == [4, 8, 16]
     assert all(0 < run["efficiency"] < 1.01 for run in found["sleeping"])
