@@ -166,7 +166,9 @@ def test_an_object_reads_as_a_file_does(bucket, tmp_path, name):
     else:
         texts = [json.dumps(row) if "json" in name else row["text"] for row in lines]
         content = "\n".join(["text", *texts] if name == "a.csv" else texts).encode()
-        (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith("gz") else content)
+        (tmp_path / name).write_bytes(
+            gzip.compress(content, mtime=0) if name.endswith("gz") else content
+        )
     storage.write_bytes(f"{bucket}/{name}", (tmp_path / name).read_bytes())
     (there,) = storage.files_at(f"{bucket}/{name}")
     assert files.columns(there) == files.columns(tmp_path / name) == ["text"]

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 DRIVER = Path(__file__).parent / "pairs_driver.py"
 KILLS, TRIPLETS, MOST_ACTORS = 20, 240, 3
-SECONDS = 1.5  # of one triplet
+SECONDS = 0.8  # of one triplet
 
 
 class Runs:
@@ -64,6 +64,14 @@ class Runs:
     def lines(self, folder: Path):
         log = self.root / f"{folder.name}.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def wait(self, driver: subprocess.Popen, folder: Path, more: int) -> None:
+        """Until so many more triplets are made, or the driver has ended, or for a minute."""
+        wanted, deadline = len(self.lines(folder)) + more, time.monotonic() + 60
+        while len(self.lines(folder)) < wanted and driver.poll() is None:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.1)
 
     def kill(self, kind: str, driver: subprocess.Popen, folder: Path, draw: random.Random) -> bool:
         """Whether there was one to kill."""
@@ -134,7 +142,8 @@ def test_twenty_kills_change_nothing(runs, tmp_path):
     while kills.total() < KILLS:
         driver = runs.start(killed, draw.randint(1, MOST_ACTORS), SECONDS)
         while driver.poll() is None and kills.total() < KILLS:
-            time.sleep(draw.uniform(2, 12))
+            runs.wait(driver, killed, more=draw.randint(0, 16))
+            time.sleep(draw.uniform(0, 3))
             kind = draw.choice(["driver", "driver", "worker", "node"])
             if driver.poll() is None and runs.kill(kind, driver, killed, draw):
                 kills[kind] += 1
