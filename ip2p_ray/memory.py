@@ -42,7 +42,7 @@ def halved(
     It is at least `least`.
 
     To be called outside of the except block, which holds on to the tensors. `told` is the error's
-    text and `held` what the weights hold, in bytes.
+    text and `held` what the weights hold, in bytes, where that is known.
 
     Raises:
         ModelError: no fewer are possible; says what is needed and what is there.
@@ -51,9 +51,10 @@ def halved(
     if tried <= least:
         free = gib(free_bytes(device))
         reason = told.splitlines()[0] if told else "no more is known"
+        weights = f"the weights hold {gib(held)}, " if held else ""
         raise ModelError(
-            f"{what}: not even {least} at a time fit: the weights hold {gib(held)}, {free} are "
-            f"free on {device} and more is needed ({reason}); give a lower resolution or dtype"
+            f"{what}: not even {least} at a time fit: {weights}{free} are free on {device} and "
+            f"more is needed ({reason}); give a lower resolution or dtype"
         )
     if device.type == "cuda":
         torch.cuda.empty_cache()
