@@ -168,10 +168,11 @@ def _read_table(path: File, told: _Told) -> Iterator[Numbered]:
             except csv.Error as error:
                 if told is None:
                     raise
-                row = dict.fromkeys(told, Unread(f"{path}:{reader.line_num}: {error}"))
+                # the DictReader's own line_num is still that of the row before
+                row = dict.fromkeys(told, Unread(f"{path}:{reader.reader.line_num}: {error}"))
             if row is None:
                 return
-            yield reader.line_num, row
+            yield reader.reader.line_num, row
 
 
 def _read_json_lines(path: File, told: _Told) -> Iterator[Numbered]:

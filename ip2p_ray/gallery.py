@@ -155,8 +155,8 @@ def pairs_page(
 ) -> str:
     """What became of all candidates, and pictures of some.
 
-    `report` is `Report.as_dict`, `shares` the kept share by self_replace, and `galleries` are by
-    title and note.
+    `report` is `Report.as_dict`, `shares` the share that passes all thresholds by self_replace,
+    and `galleries` are by title and note.
     """
     least = config.thresholds.least()
     return _template(PAIRS_TEMPLATE).render(
@@ -166,9 +166,9 @@ def pairs_page(
         least=least,
         histograms={name: histogram(bins, x_label=name) for name, bins in histograms.items()},
         shares=plot(
-            [Series("kept", shares)],
+            [Series("accepted", shares)],
             x_label="self_replace: the fraction of steps that take the source's attention",
-            y_label="share of candidates that were kept",
+            y_label="share of candidates that pass",
         ),
         galleries=galleries,
     )

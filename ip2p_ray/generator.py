@@ -6,25 +6,22 @@ fast and in how much memory they are made.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 
 from ip2p_ray.clip import Clip
 from ip2p_ray.diffusion.folder import read_vae
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, ModelError
+from ip2p_ray.memory import free_bytes, gib, halved, held_bytes, is_out_of_memory
 from ip2p_ray.pairs import CandidateRequest, PairConfig, Pictures, generate_candidates
 from ip2p_ray.search.generator import search
 from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.search.triplet import Searched
-
-logger = logging.getLogger(__name__)
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,11 +55,11 @@ class GeneratorWeights:
         model = StableDiffusion.load(self.source, dtype=_DTYPES[self.dtype])
         if self.vae is not None:
             model.vae = read_vae(self.vae).to(_DTYPES[self.dtype])
-        need, have = _bytes(model), free_bytes(device)
+        need, have = _held(model), free_bytes(device)
         if torch.device(device).type != "cpu" and need > have:
             raise ModelError(
-                f"model {self.source} does not fit: its weights need {_gib(need)} as {self.dtype}, "
-                f"{device} has {_gib(have)} free; give a smaller dtype or a larger device"
+                f"model {self.source} does not fit: its weights need {gib(need)} as {self.dtype}, "
+                f"{device} has {gib(have)} free; give a smaller dtype or a larger device"
             )
         for part in (model.unet, model.vae, model.text_encoder):
             torch.nn.Module.to(part, device=device)
@@ -142,7 +139,9 @@ class Generator:
             too_large: str | None = None
             try:
                 source, edited = self._made(part, config)
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 too_large = str(error)
             if too_large is not None:  # out of the block, which holds on to the tensors
                 self._halve(self._batch_size if self._holding.compile else len(part), too_large)
@@ -157,6 +156,8 @@ class Generator:
         config: PairConfig,
         options: SearchConfig,
         recipe: str,
+        *,
+        shown_below: str = "",
     ) -> Iterator[Searched]:
         """What `search.generator.search` yields, in batches that fit; see `make`.
 
@@ -180,10 +181,13 @@ class Generator:
                     recipe,
                     batch_size=tried,
                     decode_batch=self._holding.decode_batch,
+                    shown_below=shown_below,
                 ):
                     del left[found.triplet["triplet_key"]]
                     yield found
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 too_large = str(error)
             if too_large is not None:
                 self._halve(tried, too_large, least)
@@ -200,38 +204,16 @@ class Generator:
         return source[: len(requests)], edited[: len(requests)]
 
     def _halve(self, tried: int, told: str, least: int = 1) -> None:
-        if tried <= least:
-            have = free_bytes(self._model.device)
-            raise ModelError(
-                f"not even {least} at a time fit: the weights hold {_gib(_bytes(self._model))}, "
-                f"{_gib(have)} are free on {self._model.device} and more is needed "
-                f"({told.splitlines()[0]}); give a lower resolution or dtype"
-            )
-        self._batch_size = max(tried // 2, least)
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        logger.warning(
-            "generator: %d candidates at a time do not fit on %s, goes on with %d",
+        self._batch_size = halved(
+            "generator",
             tried,
+            told,
             self._model.device,
-            self._batch_size,
+            least=least,
+            held=_held(self._model),
         )
 
 
-def free_bytes(device: str | torch.device) -> int:
-    """Memory of the device that nobody uses now."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
-def _bytes(model: StableDiffusion) -> int:
-    """Of all weights."""
+def _held(model: StableDiffusion) -> int:
     parts: tuple[Any, ...] = (model.unet, model.vae, model.text_encoder)
-    tensors = [tensor for part in parts for tensor in [*part.parameters(), *part.buffers()]]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB"
+    return held_bytes(*parts)

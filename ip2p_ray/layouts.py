@@ -72,6 +72,8 @@ class Given:
     """The same for rows that show one thing."""
     made_with: Mapping[str, Any] = field(default_factory=dict)
     """Draws and similarities that came with the row, by our names."""
+    unread: str | None = None
+    """Why the row cannot be read, if so; then nothing else of it is known but its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +117,19 @@ class _Table:
         names = _columns(self.path)
         wanted = [name for name in vars(names).values() if name is not None]
         lines = self.path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
-        for number, row in files.read_numbered(self.path, wanted, batch=_ROWS):
+        for number, row in files.read_numbered(self.path, wanted, batch=_ROWS, lenient=True):
+            place = f"{self.name}:{number}"
+            broken = row.get(names.source)
+            if isinstance(broken, files.Unread):
+                yield Given(
+                    place=place, source=None, edited=None, instruction=None, unread=broken.why
+                )
+                continue
             # No two JSON lines need have the same names.
             own = PairColumns.of(list(row)) or names if lines else names
             group = row.get(own.group or "")
             yield Given(
-                place=f"{self.name}:{number}",
+                place=place,
                 source=_picture(row.get(own.source), self.path.parent),
                 edited=_picture(row.get(own.edited), self.path.parent),
                 instruction=row.get(own.instruction),
@@ -150,7 +159,7 @@ class _Prompts:
                     place=f"{self.root.name}/{name}/{seed}",
                     source=_file(folder, f"{seed}_0"),
                     edited=_file(folder, f"{seed}_1"),
-                    made_with={"seed": seed, **metadata.get(seed, {})},
+                    made_with=metadata.get(seed, {"seed": seed}),
                     **texts,
                 )
 
@@ -167,8 +176,8 @@ class _Prompts:
             return [(at.relative_to(self.root).as_posix(), seeds) for at, seeds in found if seeds]
         try:
             content = json.loads(listed.read_text(encoding="utf-8"))
-            return [(str(name), [int(seed) for seed in seeds]) for name, seeds in content]
-        except (OSError, ValueError, TypeError) as error:
+            return [(str(name), [_whole(seed) for seed in seeds]) for name, seeds in content]
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise DatasetError(
                 f"{listed} does not hold [[folder, [seed, ...]], ...]: {error}"
             ) from error
@@ -280,19 +289,36 @@ def _texts(path: Path) -> dict[str, Any]:
     }
 
 
+def _whole(value: Any) -> int:
+    """The integer that a value stands for; a ValueError where it is a fraction."""
+    whole = int(value)
+    if not isinstance(value, str) and whole != value:
+        raise ValueError(f"{value!r} is no whole number")
+    return whole
+
+
 def _metadata(path: Path) -> dict[int, dict[str, Any]]:
-    """What is known of each seed; lines that cannot be read say nothing."""
-    found = {}
+    """What is known of each seed; lines that cannot be read say nothing.
+
+    A line whose seed is a fraction is that of the pair with the whole part of it, unless that has
+    a line of its own: whoever checks the pair finds what is wrong.
+    """
+    found: dict[int, dict[str, Any]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return {}
     for line in lines:
         try:
-            row = {ours: json.loads(line).get(name) for name, ours in METADATA.items()}
-            found[int(row["seed"])] = row
-        except (ValueError, TypeError, AttributeError):
+            content = json.loads(line)
+            seed = content["seed"]
+            number = int(seed)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
+        exact = isinstance(seed, str) or seed == number
+        if exact or number not in found:
+            row = {ours: content.get(name) for name, ours in METADATA.items()}
+            found[number] = row | {"seed": number if exact else seed}
     return found
 
 

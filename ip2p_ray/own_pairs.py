@@ -2,13 +2,14 @@
 
 Of a row is asked that both pictures decode (broken and cut ones do not; more than
 `images.MAX_PIXELS` are refused by the header), that they are of one size after EXIF orientation,
-not too small, and that there is an instruction. Captions may be missing. Keys come from the
-pictures' pixels, not from their files.
+not too small, that there is an instruction, and that a seed that came along is an integer. Captions
+may be missing. Keys come from the pictures' pixels, not from their files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ from ip2p_ray.schema import (
     triplet_key,
 )
 
+UNREADABLE = "unreadable_row"
 EMPTY_INSTRUCTION = "empty_instruction"
 NOT_TEXT = "not_text"
+BAD_SEED = "bad_seed"
 MISSING = "image_missing"
 BROKEN = "image_broken"
 TOO_LARGE = "image_too_large"
@@ -38,8 +41,10 @@ TOO_SMALL = "image_too_small"
 DUPLICATE = "duplicate_pair"
 
 REASONS = (
+    UNREADABLE,
     EMPTY_INSTRUCTION,
     NOT_TEXT,
+    BAD_SEED,
     MISSING,
     TOO_LARGE,
     BROKEN,
@@ -55,8 +60,9 @@ UNUSABLE = tuple(reason for reason in REASONS if reason != DUPLICATE)
 MAX_BYTES = 256 << 20
 """Of a picture's file."""
 
-_DRAWS = ("seed", "self_replace", "guidance_scale")
+_DRAWS = ("self_replace", "guidance_scale")
 _DETAIL = 300
+_MOST = 2.0**128 - 2.0**104  # the largest float32, in which numbers are stored
 
 Pictures = tuple[Image.Image, Image.Image]
 
@@ -83,26 +89,30 @@ def check(given: Given, config: OwnPairsConfig) -> tuple[dict[str, Any], Picture
 
     The pictures are RGB, upright and of the size in which they came.
     """
-    row: dict[str, Any] = dict.fromkeys((*_DRAWS, *SIMILARITIES), None)
-    row |= {name: _number(given.made_with.get(name)) for name in row}
+    row: dict[str, Any] = {name: _draw(given.made_with.get(name)) for name in _DRAWS}
+    row |= {name: _similarity(given.made_with.get(name)) for name in SIMILARITIES}
+    row |= {"seed": _seed(given.made_with.get("seed"))}
     row |= {"place": given.place, "group": given.group, "reason": None, "detail": None}
     row |= {"caption": _text(given.caption), "edited_caption": _text(given.edited_caption)}
     row["instruction"] = _text(given.instruction)
+    if given.unread is not None:
+        return _dropped(row, UNREADABLE, given.unread)
     if row["instruction"] is None:
         empty = given.instruction is None or isinstance(given.instruction, str)
         return _dropped(row, EMPTY_INSTRUCTION if empty else NOT_TEXT, repr(given.instruction))
-    pictures, plain = [], []
+    if row["seed"] is None and given.made_with.get("seed") is not None:
+        told = f"{given.made_with['seed']!r} is no integer of 64 bits"
+        return _dropped(row, BAD_SEED, told)
+    pictures = []
     for name, picture in (("source", given.source), ("edited", given.edited)):
         try:
-            image, as_it_is = decode_stored(_bytes(picture))
+            pictures.append(decode_image(_bytes(picture)))
         except _Missing as error:
             return _dropped(row, MISSING, f"{name}: {error}")
         except LargeImageError as error:
             return _dropped(row, TOO_LARGE, f"{name}: {error}")
         except ImageError as error:
             return _dropped(row, BROKEN, f"{name}: {error}")
-        pictures.append(image)
-        plain.append(as_it_is)
     source, edited = pictures
     row |= {"width": source.width, "height": source.height}
     if source.size != edited.size:
@@ -110,28 +120,31 @@ def check(given: Given, config: OwnPairsConfig) -> tuple[dict[str, Any], Picture
         return _dropped(row, SIZES_DIFFER, f"{sizes} (source and edited)")
     if min(source.size) < config.min_side:
         return _dropped(row, TOO_SMALL, f"{source.width} x {source.height}")
-    row |= dict(zip(("source_plain", "edited_plain"), plain, strict=True))
     row |= {"source_digest": pixel_digest(source), "edited_digest": pixel_digest(edited)}
     row |= _keys(row)
     return row, (source, edited)
 
 
 def stored_picture(
-    picture: bytes | Path | None, *, plain: bool, config: OwnPairsConfig
+    picture: bytes | Path | None, *, digest: str, config: OwnPairsConfig
 ) -> dict[str, Any]:
     """The picture of a row that was checked, as `schema.IMAGE`: unchanged where it may be.
 
+    `digest` is the `pixel_digest` that it had then.
+
     Raises:
-        ImageError: it cannot be read any more.
+        ImageError: it cannot be read any more, or is another picture now.
     """
     try:
         data = _bytes(picture)
     except _Missing as error:
         raise ImageError(str(error)) from error
-    if config.resolution is not None or not plain:
-        image = decode_image(data)
-        if not plain or image.size != (config.resolution, config.resolution):
-            data = encode_png(fitted(image, config))
+    image, plain = decode_stored(data)
+    if pixel_digest(image) != digest:
+        raise ImageError("it is another picture now")
+    small = fitted(image, config)
+    if not plain or small is not image:
+        data = encode_png(small)
     return {"bytes": data, "path": None}
 
 
@@ -218,9 +231,24 @@ def _text(value: Any) -> str | None:
     return one_line(value) or None if isinstance(value, str) else None
 
 
-def _number(value: Any) -> float | None:
+def _seed(value: Any) -> int | None:
+    """An integer as its column holds it; None for what is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    known = isinstance(value, int) and not isinstance(value, bool)
+    return value if known and -(2**63) <= value < 2**63 else None
+
+
+def _draw(value: Any) -> float | None:
+    """A number as its column holds it; None for what is none."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if known and abs(value) < 2**63 else None
+    return float(value) if known and -_MOST <= value <= _MOST else None
+
+
+def _similarity(value: Any) -> float | None:
+    """The same, but not a number for what is none: it is there, and reaches no threshold."""
+    number = _draw(value)
+    return math.nan if number is None and value is not None else number
 
 
 def _name(name: str) -> bytes:

@@ -11,7 +11,19 @@ from ip2p_ray.errors import ConfigError
 from ip2p_ray.filtering import NOT_BEST, Thresholds
 
 NO_PICTURE = "picture_not_kept"
-"""Reason of a candidate that passes now but did not when its pictures were there."""
+"""Reason of a candidate that is among the best now but was not when its pictures were there."""
+
+
+SHOWN_CANDIDATES = 8
+"""Of a triplet whose rejected pictures are kept for people, so many candidates' are."""
+
+
+def is_shown(triplet_key: str, index: int, below: str) -> bool:
+    """Whether a candidate's pictures are kept though it was rejected.
+
+    Those of its triplets are whose keys are below `below`, which is a share of all keys.
+    """
+    return triplet_key < below and index < SHOWN_CANDIDATES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,5 +84,5 @@ def nothing_kept(counts: Mapping[str | None, int], rules: Rules, scores: str) ->
     return (
         f"pairs: none of {sum(counts.values()):,} candidates was accepted: "
         f"{', '.join(told) or 'there are none'}. Their scores are in {scores}; lower that "
-        "threshold or bring more candidates"
+        "threshold or bring more candidates, and give a new --out"
     )

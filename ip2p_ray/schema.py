@@ -19,6 +19,9 @@ from ip2p_ray.errors import ConfigError
 SCHEMA_VERSION = 2
 """Raised whenever a column or the derivation of a key or seed changes."""
 
+SPLITS = ("train", "held_out")
+"""What `split_of` may answer: on the second no editor is trained."""
+
 # Encoded bytes, in the form that Hugging Face `datasets` reads as an Image feature.
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -73,7 +76,7 @@ CANDIDATES = pa.schema(
         *TRIPLETS,
         ("recipe", pa.string()),  # recipe() of the pair config and the models
         ("status", pa.string()),  # "ok", or why it has fewer candidates: "enough", "futile"
-        ("seconds", pa.float32()),  # that the generator's device was busy with the triplet
+        ("seconds", pa.float32()),  # that the generator's process was busy with the triplet
         (
             "candidates",
             pa.list_(

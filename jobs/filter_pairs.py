@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, n
 from ip2p_ray.command import loading, require_place
 
 OF_INPUT = ("judge", "resolution", "min_side", "held_out", "max_reject_share")
+DATASETS = ("checked", "scores", "pairs", "rejects")
+MANIFEST = "_manifest.json"  # storage's, which takes long to load
 OF_RULES = ("text", "image", "direction", "keep")
 
 
@@ -109,6 +111,32 @@ class FilterPairs:
                     raise ValueError(f"{flag} {path} is what {other} names; give another folder")
             if flag != "--scores":
                 require_place(flag, path, folder=True)
+        self._check_below()
+
+    def _check_below(self) -> None:
+        """What is written where something else is read would be read with it."""
+        out, export = (path and path.resolve() for path in (self.out, self.export))
+        made = [below for below in (self.out, self.scores) if below is not None]
+        inside = [(Path(name.removeprefix("file://")).resolve(), name) for name in self.input]
+        inside += [
+            (folder.resolve() / name, f"{folder / name}") for folder in made for name in DATASETS
+        ]
+        for flag, place in (("--out", out), ("--export", export)):
+            if place is None:
+                continue
+            above = (place, *place.parents)
+            for folder, told in inside:
+                if folder in above and not folder.is_file():
+                    raise ValueError(
+                        f"{flag} {place} lies in {told}, whose files would then be read as well; "
+                        "give a folder outside it"
+                    )
+            for folder in above if flag == "--out" else above[1:]:
+                if (folder / MANIFEST).is_file():
+                    raise ValueError(
+                        f"{flag} {place} lies in the dataset {folder}, whose it is not; give a "
+                        "folder outside it"
+                    )
 
 
 def main(job: FilterPairs) -> int:

@@ -2,10 +2,10 @@
 
     python jobs/generate_pairs.py --triplets runs/q/triplets --out runs/q
     python jobs/generate_pairs.py --triplets /shared/run/triplets --out /shared/run --dry-run \
-        --preset paper --dtype bfloat16 --gpus 1 --actors 8 --judge-gpus 0.25 --batch-size 16
+        --preset paper --dtype bfloat16 --gpus 1 --actors 8 --batch-size 16
     ray job submit --working-dir . -- python jobs/generate_pairs.py --preset fast \
         --triplets /shared/run/triplets --out /shared/run --dtype bfloat16 --channels-last \
-        --gpus 1 --actors 2 --most-actors 16 --judge-gpus 0.25 --batch-size 16
+        --gpus 1 --actors 2 --most-actors 16 --batch-size 16
 
 <out>/pairs comes out, with candidates, scores and rejects beside it and the page <out>/pairs.html.
 First a batch is measured and what the rest will take is told; --dry-run stops there. Whenever it is
@@ -101,9 +101,18 @@ class GeneratePairs:
     """Lay weights out as convolutions on GPUs prefer."""
     compile: bool = False
     """Compile the UNet for the batch size."""
-    judge_actors: int = 1
-    """Processes that judge; 0 judges in the processes that generate, as any option below wants it:
-    then pictures of rejects go nowhere."""
+    cpu_actors: int = 0
+    """Further processes that generate without a GPU, beside those with one."""
+    cpu_actor_cpus: float = 4.0
+    """Logical CPUs of each of those."""
+    judge_actors: int | None = None
+    """Processes that judge; 0 judges in the processes that generate, so that pictures of rejects go
+    nowhere. By default 0 where an option below wants it, or a triplet's pictures are too large to
+    be carried about, and 1 otherwise."""
+    most_judges: int | None = None
+    """As many judges there may become while candidates wait for them."""
+    judge_cpus: float = 0.5
+    """Logical CPUs of each of them."""
     judge_gpus: float = 0.0
     """GPUs of each of them, a fraction where they share one."""
     judge_batch: int = 32
@@ -136,16 +145,20 @@ class GeneratePairs:
             _at_least_1(name, getattr(self, name))
         if self.most_actors is not None and self.most_actors < self.actors:
             raise ValueError("--most-actors is at least --actors")
-        if self.judge_actors < 0:
+        if (self.judge_actors or 0) < 0:
             raise ValueError("--judge-actors is not negative")
+        if self.most_judges is not None and self.most_judges < max(1, self.judge_actors or 0):
+            raise ValueError("--most-judges is at least 1 and at least --judge-actors")
+        if self.cpu_actors < 0 or (self.cpu_actors and not self.gpus):
+            raise ValueError("--cpu-actors is not negative, and stands beside actors with --gpus")
         options = [name for name in OF_THE_SEARCH if getattr(self, name) is not None]
         if self.judge_actors and options:
             flag = f"--{options[0].replace('_', '-')}"
             raise ValueError(f"{flag} needs --judge-actors 0: what is spared, the judge decides")
-        if not self.judge_actors and (self.judge_gpus or self.compile):
+        if self.judge_actors == 0 and (self.judge_gpus or self.most_judges or self.compile):
             raise ValueError("--judge-actors 0 judges where pictures are made, and cannot compile")
-        if self.gpus < 0 or self.judge_gpus < 0 or self.cpus < 0:
-            raise ValueError("--gpus, --judge-gpus and --cpus are not negative")
+        if min(self.gpus, self.judge_gpus, self.cpus, self.cpu_actor_cpus, self.judge_cpus) < 0:
+            raise ValueError("GPUs and CPUs of processes are not negative")
         if not 0 <= self.max_reject_share <= 1:
             raise ValueError("--max-reject-share lies in [0, 1]")
         if "://" in self.triplets and not self.triplets.startswith("file://"):
@@ -161,26 +174,32 @@ def _at_least_1(name: str, value: int | None) -> None:
 def main(job: GeneratePairs) -> int:
     """Make the pairs, or find that they are there; returns the exit status."""
     with loading("generate_pairs"):
+        from ip2p_ray.errors import ConfigError
         from ip2p_ray.stages import run
-    return run.guarded("generate_pairs", lambda: _generate(job))
+    try:
+        config, making = _settings(job)
+    except ConfigError as error:
+        sys.stderr.write(f"generate_pairs: {error}\n")
+        return 2
+    return run.guarded("generate_pairs", lambda: _generate(job, config, making))
 
 
-def _generate(job: GeneratePairs) -> None:
-    from tempfile import TemporaryDirectory
-
+def _generate(job: GeneratePairs, config: Any, making: Any) -> None:
     from ip2p_ray import storage
     from ip2p_ray.stages import run
     from ip2p_ray.stages.forecast import fingerprints, forecast_of
     from ip2p_ray.stages.pairs import generate_pairs
 
-    config, making = _settings(job)
     out = job.out.absolute()
     triplets = str(storage.local_path(job.triplets).absolute())
     storage.require_manifest(triplets)
-    with run.locked(out), run.local_ray(workers=job.actors, actors=making.actors):
+    resources = {"actors": making.actors, "store_bytes": making.store_bytes(config)}
+    with run.locked(out), run.local_ray(workers=job.actors, **resources):
         if job.dry_run or not (out / "candidates").exists():
-            with TemporaryDirectory() as queue:  # so that --limit binds no later run
-                plan = forecast_of(triplets, queue, config, making)
+            queue = storage.join(str(out), ".plan")  # so that --limit binds no later run
+            storage.remove_all(queue)
+            plan = forecast_of(triplets, queue, config, making)
+            storage.remove_all(queue)  # but its rejects stay where they end the run
             for line in plan.lines():
                 print(line, flush=True)
         if job.dry_run:
@@ -197,7 +216,8 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
     from ip2p_ray import presets
     from ip2p_ray.generator import GeneratorWeights, Holding
     from ip2p_ray.search.options import SearchConfig
-    from ip2p_ray.stages.pairs import Making
+    from ip2p_ray.stages.pairs import Making, triplet_bytes
+    from ip2p_ray.stages.plan import BLOCK_BYTES
     from ip2p_ray.stages.run import Resources
 
     preset = presets.by_name(job.preset)
@@ -208,8 +228,18 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
         thresholds=replace(preset.pairs.thresholds, **_given(limits)),
         **_given(flags),
     )
+    options = SearchConfig(**_given({name: getattr(job, name) for name in OF_THE_SEARCH}))
+    judge_actors = job.judge_actors
+    if judge_actors is None:
+        wanted = job.compile or job.judge_gpus or job.most_judges
+        carried = triplet_bytes(config) <= BLOCK_BYTES
+        judge_actors = 1 if wanted or (carried and options == SearchConfig()) else 0
     judges = Resources(
-        actors=max(1, job.judge_actors), gpus=job.judge_gpus, batch_size=job.judge_batch
+        actors=max(1, judge_actors),
+        most_actors=job.most_judges,
+        cpus=job.judge_cpus,
+        gpus=job.judge_gpus,
+        batch_size=job.judge_batch,
     )
     making = Making(
         generator=GeneratorWeights(
@@ -224,10 +254,15 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
             compile=job.compile,
         ),
         generators=Resources(
-            actors=job.actors, most_actors=job.most_actors, gpus=job.gpus, cpus=job.cpus
+            actors=job.actors,
+            most_actors=job.most_actors,
+            gpus=job.gpus,
+            cpus=job.cpus,
+            cpu_actors=job.cpu_actors,
+            cpu_actor_cpus=job.cpu_actor_cpus,
         ),
-        judges=judges if job.judge_actors else None,
-        options=SearchConfig(**_given({name: getattr(job, name) for name in OF_THE_SEARCH})),
+        judges=judges if judge_actors else None,
+        options=options,
         limit=job.limit,
         max_reject_share=job.max_reject_share,
     )

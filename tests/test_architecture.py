@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LINES = (
     {
         *("schema", "errors", "images", "report", "atomic", "command", "settings"),
-        *("files", "distinct", "places", "language"),
+        *("files", "distinct", "places", "language", "memory"),
     },
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
     {

@@ -59,6 +59,15 @@ def test_the_same_batches_give_the_same_bytes_and_others_nearly(model):
         assert off(three, pictures(model, Holding(batch_size=size))[1]) <= 1
 
 
+def test_in_bfloat16_other_batches_give_the_same_up_to_its_rounding(model, tmp_path):
+    model.save(tmp_path / "sd")
+    half = GeneratorWeights(source=str(tmp_path / "sd"), dtype="bfloat16").load()
+    five = pictures(half, Holding(batch_size=5))[1]
+    assert (five == pictures(half, Holding(batch_size=5))[1]).all()
+    for size in (1, 2, 3):
+        assert off(five, pictures(half, Holding(batch_size=size))[1]) <= 4  # of 255
+
+
 def test_decoding_has_a_batch_of_its_own(model):
     asked = []
 
@@ -76,7 +85,7 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_for_all(model, caplog):
     cramped = Cramped(**vars(model))
     cramped.rows = 8  # two candidates of four rows
     generator = Generator(cramped, Holding(batch_size=8))
-    with caplog.at_level(logging.WARNING, logger="ip2p_ray.generator"):
+    with caplog.at_level(logging.WARNING, logger="ip2p_ray.memory"):
         first = list(generator.make(requests(), CONFIG))
         second = list(generator.make(requests(3), CONFIG))
     assert [len(batch.requests) for batch in first] == [2, 2, 1]

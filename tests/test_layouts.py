@@ -1,7 +1,9 @@
 """Rows of every layout that people have, read from files made here."""
 
+import csv
 import gzip
 import json
+import math
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -165,7 +167,44 @@ def test_the_references_list_of_seeds_says_which_there_are(tmp_path):
     assert found[2].instruction is None
 
 
-@pytest.mark.parametrize("content", ["{", "7", '[["a", 7]]', '[["a", ["x"]]]'])
+def test_seeds_in_the_metadata_as_people_write_them(tmp_path):
+    folder = prompts(tmp_path / "root", seeds=(1, 2, 3, 4))
+    lines = [
+        '{"seed": 1, "clip_sim_0": 0.1}',
+        '{"seed": 1.5, "clip_sim_0": 0.2}',
+        '{"seed": 2.0, "clip_sim_0": 0.3}',
+        '{"seed": 3.5, "clip_sim_0": 0.4}',
+        '{"seed": "4", "clip_sim_0": NaN}',
+        *('{"seed": Infinity}', '{"seed": NaN}', "[" * 100_000, '{"clip_sim_0": 0.5}'),
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    found = [row.made_with for row in read(tmp_path / "root")]
+    assert [row["seed"] for row in found] == [1, 2, 3.5, 4]
+    assert [row["caption_similarity"] for row in found[:3]] == [0.1, 0.3, 0.4]
+    assert math.isnan(found[3]["caption_similarity"])
+
+
+def test_a_line_that_cannot_be_read_is_a_row_that_says_why(tmp_path):
+    good = {"source_image": "1.png", "instruction": "do", "edited_image": "2.png"}
+    lines = [json.dumps(good), '{"source_image": broken', "[7]", json.dumps(good)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = read(tmp_path / "a.jsonl")
+    assert [row.place for row in found] == [f"a.jsonl:{line}" for line in (1, 2, 3, 4)]
+    assert found[0].unread is found[3].unread is None
+    assert "a.jsonl:2: not a line of JSON" in found[1].unread
+    assert "neither an object nor a text: [7]" in found[2].unread
+    huge = "x" * (csv.field_size_limit() + 1)
+    rows = ["source_image,instruction,edited_image", "1,a,2", f'3,"{huge}",4', "5,b,6"]
+    (tmp_path / "b.csv").write_text("\n".join(rows))
+    first, broken, last = read(tmp_path / "b.csv")
+    assert "field larger than field limit" in broken.unread
+    assert (first.instruction, broken.instruction, last.instruction) == ("a", None, "b")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "7", '[["a", 7]]', '[["a", ["x"]]]', '[["a", [1.5]]]', '[["a", [Infinity]]]'],
+)
 def test_a_broken_list_of_seeds_is_named(tmp_path, content):
     (tmp_path / "seeds.json").write_text(content)
     with pytest.raises(DatasetError, match=r"seeds\.json does not hold"):

@@ -2,10 +2,12 @@
 
 import io
 import itertools
+import math
 import struct
 import zlib
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given as examples
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from PIL import Image
 
 from ip2p_ray import own_pairs
 from ip2p_ray.errors import ConfigError, ImageError
+from ip2p_ray.filtering import Thresholds, rejection
 from ip2p_ray.images import decode_image
 from ip2p_ray.layouts import Given
 from ip2p_ray.own_pairs import (
@@ -23,7 +26,7 @@ from ip2p_ray.own_pairs import (
     pixel_digest,
     stored_picture,
 )
-from ip2p_ray.schema import SIMILARITIES, own_triplet_key, triplet_key
+from ip2p_ray.schema import SCORES, SIMILARITIES, own_triplet_key, triplet_key
 
 CONFIG = OwnPairsConfig(min_side=16)
 
@@ -98,6 +101,7 @@ GOOD = encoded(pixels())
         (row(instruction=" \n\x00"), "empty_instruction", "x00"),
         (row(instruction=None), "empty_instruction", "None"),
         (row(instruction=["a"]), "not_text", "['a']"),
+        (row(unread="a:1: not a line of JSON"), "unreadable_row", "a:1: not a line of JSON"),
         (row(source=b"no picture"), "image_broken", "source: 10 bytes cannot be decoded"),
         (row(edited=GOOD[: len(GOOD) // 2]), "image_broken", "edited: "),
         (row(source=encoded(pixels(), "JPEG")[:-400]), "image_broken", "source: "),
@@ -146,8 +150,8 @@ def test_sizes_are_compared_upright():
     found, (_, edited) = check(row(encoded(upright), turned(lying, 6)), CONFIG)
     assert found["reason"] is None
     assert edited.size == (24, 32)
-    assert (found["source_plain"], found["edited_plain"]) == (True, False)
-    stored = stored_picture(turned(lying, 6), plain=False, config=CONFIG)["bytes"]
+    digest = found["edited_digest"]
+    stored = stored_picture(turned(lying, 6), digest=digest, config=CONFIG)["bytes"]
     assert pixel_digest(decode_image(stored)) == found["edited_digest"]
 
 
@@ -168,8 +172,7 @@ def test_sizes_are_compared_upright():
 )
 def test_only_what_would_read_differently_is_encoded_anew(data, plain):
     found, (source, _) = check(row(source=data), CONFIG)
-    assert found["source_plain"] is plain
-    stored = stored_picture(data, plain=plain, config=CONFIG)["bytes"]
+    stored = stored_picture(data, digest=found["source_digest"], config=CONFIG)["bytes"]
     assert (stored == data) is plain
     with Image.open(io.BytesIO(stored)) as image:
         assert image.mode == "RGB"
@@ -181,24 +184,68 @@ def test_a_resolution_brings_both_pictures_to_it_and_leaves_those_that_have_it()
     config = OwnPairsConfig(min_side=16, resolution=16)
     found, (source, _) = check(row(), config)
     assert found["source_digest"] == pixel_digest(pixels(0)), "a key does not depend on it"
-    stored = stored_picture(encoded(pixels(0)), plain=True, config=config)["bytes"]
+    digest = found["source_digest"]
+    stored = stored_picture(encoded(pixels(0)), digest=digest, config=config)["bytes"]
     small = fitted(source, config)
     assert small.size == (16, 16)
     assert pixel_digest(decode_image(stored)) == pixel_digest(small)
     exact = encoded(pixels(0, (16, 16)), "JPEG")
-    assert stored_picture(exact, plain=True, config=config)["bytes"] == exact
+    digest = pixel_digest(decode_image(exact))
+    assert stored_picture(exact, digest=digest, config=config)["bytes"] == exact
 
 
 def test_what_the_data_brought_along_is_kept():
     made_with = {"seed": 7, "self_replace": 0.5, "image_similarity": 0.8, "guidance_scale": True}
     found, _ = check(row(made_with=made_with | {"direction_similarity": "high"}), CONFIG)
     assert (found["seed"], found["self_replace"], found["image_similarity"]) == (7, 0.5, 0.8)
-    assert (found["guidance_scale"], found["direction_similarity"]) == (None, None)
+    assert (found["guidance_scale"], found["edited_caption_similarity"]) == (None, None)
+    assert math.isnan(found["direction_similarity"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, 10**400, "0.3", True, [1]])
+def test_a_similarity_that_is_there_but_no_number_reaches_no_threshold(value):
+    found, _ = check(row(made_with={"direction_similarity": value}), CONFIG)
+    assert found["reason"] is None
+    scores = {name: found[name] for name in SIMILARITIES}
+    assert rejection(scores, Thresholds(direction=-1)) == "direction_similarity"
+    for nothing in ({}, {"direction_similarity": None}):
+        found, _ = check(row(made_with=nothing), CONFIG)
+        assert found["direction_similarity"] is None
+
+
+def test_integers_fit_into_the_columns_of_floats():
+    made_with = {"caption_similarity": 10**18, "guidance_scale": 16777217, "self_replace": 10**400}
+    found, _ = check(row(made_with=made_with), CONFIG)
+    names = list(made_with)
+    schema = pa.schema([SCORES.field(name) for name in names])
+    [stored] = pa.Table.from_pylist([{n: found[n] for n in names}], schema=schema).to_pylist()
+    assert stored["caption_similarity"] == pytest.approx(1e18)
+    assert (stored["guidance_scale"], stored["self_replace"]) == (16777216.0, None)
+
+
+@pytest.mark.parametrize("seed", [1.5, 2**63, -(2**63) - 1, math.nan, "1", True])
+def test_a_seed_that_is_no_integer_is_a_reason(seed):
+    found, pictures = check(row(made_with={"seed": seed}), CONFIG)
+    assert (found["reason"], pictures) == ("bad_seed", None)
+    assert found["detail"] == f"{seed!r} is no integer of 64 bits"
+
+
+@pytest.mark.parametrize("seed", [None, 0, 7, 2.0, 2**63 - 1, -(2**63)])
+def test_a_seed_that_is_an_integer_is_kept(seed):
+    found, _ = check(row(made_with={"seed": seed}), CONFIG)
+    assert (found["reason"], found["seed"]) == (None, seed)
 
 
 def test_a_picture_that_is_gone_meanwhile_is_told(tmp_path):
     with pytest.raises(ImageError, match="cannot be read"):
-        stored_picture(tmp_path / "gone.png", plain=True, config=CONFIG)
+        stored_picture(tmp_path / "gone.png", digest="", config=CONFIG)
+
+
+def test_a_picture_that_is_another_one_meanwhile_is_told():
+    digest = pixel_digest(pixels(0))
+    assert stored_picture(encoded(pixels(0)), digest=digest, config=CONFIG)
+    with pytest.raises(ImageError, match="another picture"):
+        stored_picture(encoded(pixels(1)), digest=digest, config=CONFIG)
 
 
 @examples(st.lists(st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=3), max_size=8))

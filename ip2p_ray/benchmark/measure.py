@@ -119,23 +119,6 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int | None:
     return max(0, _resident() - resident)
 
 
-def weight_bytes(*networks: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for network in networks
-        for tensor in (*network.parameters(), *network.buffers())
-    )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody holds now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"))
-    return int(found[1]) * 1024 if found else 0
-
-
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.5) -> float:
     """Operations a second of the fastest square matrix product: the ceiling of utilisation."""
     sizes = (2048, 4096, 8192) if device.type == "cuda" else (256, 512, 1024)

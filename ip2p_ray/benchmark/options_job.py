@@ -130,18 +130,17 @@ def _triplets(job: Options) -> list[dict[str, str]]:
 
 def _write(job: Options, config: Any, measured: Mapping[str, Measured]) -> None:
     import json
-    import platform
 
     import torch
 
     from ip2p_ray.atomic import atomic_file
     from ip2p_ray.benchmark.comparison import QUANTILES
+    from ip2p_ray.benchmark.measure import facts
 
     content = {
         "benchmark": "options",
         "preset": job.preset,
-        "device": _device(job.device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **facts(torch.device(job.device)),
         "pairs": asdict(config),
         "prompts": job.prompts,
         "pilots": job.pilots,

@@ -22,6 +22,7 @@ from ip2p_ray.clip import Clip
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, Ip2pError
 from ip2p_ray.filtering import select
+from ip2p_ray.memory import free_bytes, held_bytes, is_out_of_memory
 from ip2p_ray.miniature import grammar, scenes
 from ip2p_ray.pairs import (
     CandidateRequest,
@@ -96,7 +97,7 @@ def compare(job: PairBenchmark) -> dict[str, Any]:
     ceiling = max(ceiling, measure.matmul_flops(device, scene.model.dtype))
     difference = _difference(made, job.dtype)
     peak_batch, working = _peaks(scene, device, size, job.decode_batch)
-    weights = measure.weight_bytes(scene.model.unet, scene.model.vae, scene.model.text_encoder)
+    weights = held_bytes(scene.model.unet, scene.model.vae, scene.model.text_encoder)
     row_flops = unet_row_flops(scene.model, scene.config.resolution)
     judged = _judge(scene, made, device)
     results = {
@@ -290,7 +291,9 @@ def _search(scene: Scene, device: torch.device, decode_batch: int | None) -> dic
             _ours(short, batch, size, decode_batch)
             work = partial(_ours, short, batch, size, decode_batch)
             seconds = [measure.timed(device, work)[0].wall for _ in range(2)]
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             logger.info("a batch of %d candidates does not fit", size)
             break
         rates[size] = size / min(seconds)
@@ -322,7 +325,7 @@ def _peaks(
     # The first step copies attention, and every other one holds as much.
     short = replace(scene, config=replace(scene.config, steps=1))
     batch = size
-    while batch > 1 and _matrix_bytes(scene, batch) > measure.free_bytes(device) // 2:
+    while batch > 1 and _matrix_bytes(scene, batch) > free_bytes(device) // 2:
         batch //= 2
     requests = short.requests[:batch]
     ways: dict[str, Callable[[], object]] = {

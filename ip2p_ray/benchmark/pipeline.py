@@ -41,10 +41,13 @@ class Options:
 
 def run(job: Options) -> str:
     """A line for each figure; the JSON file is written."""
+    import torch
+
     import ip2p_ray.stages.overhead  # noqa: F401 - loads Ray Data, which sets up its own logging
+    from ip2p_ray.benchmark.measure import LIBRARIES, facts
     from ip2p_ray.stages.run import local_ray
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = facts(torch.device("cpu"), (*LIBRARIES, "ray"))
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as folder, local_ray(workers=max(SIMULATED)):
         place = Path(folder)
@@ -124,7 +127,8 @@ def _real(job: Options, place: Path, lines: list[str]) -> dict[str, Any]:
 
 def _many(job: Options, place: Path, lines: list[str]) -> dict[str, Any]:
     from ip2p_ray.generator import Holding
-    from ip2p_ray.stages.overhead import peak_memory, piped
+    from ip2p_ray.stages.memory import memory_line, peak_memory
+    from ip2p_ray.stages.overhead import piped
     from ip2p_ray.stages.pairs import Making
     from ip2p_ray.stages.run import Resources
     from ip2p_ray.testing.pairs import Sleep, models, write_triplets
@@ -141,12 +145,12 @@ def _many(job: Options, place: Path, lines: list[str]) -> dict[str, Any]:
             generators=Resources(actors=2, cpus=0.25),
             judges=Resources(cpus=0.25, batch_size=32),
         )
-        with peak_memory() as peak:
+        with peak_memory(every_s=0.5) as peak:
             span = piped(triplets, str(folder), config, making, models=models(), actors=actors)
         found.append({"triplets": count, **peak, "seconds": span.wall_seconds})
         lines.append(
-            f"{count:,} triplets that cost nothing: {span.wall_seconds:.0f} s, driver at most "
-            f"{peak['driver'] / 1e6:,.0f} MB, object store {peak['object_store'] / 1e6:,.0f} MB"
+            f"{count:,} triplets that cost nothing: {span.wall_seconds:.0f} s, at most "
+            f"{memory_line(peak)}"
         )
     return {"runs": found}
 

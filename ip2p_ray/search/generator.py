@@ -28,6 +28,7 @@ def search(
     *,
     batch_size: int,
     decode_batch: int | None = None,
+    shown_below: str = "",
 ) -> Iterator[Searched]:
     """Each triplet with its judged candidates, as soon as its search has ended.
 
@@ -38,7 +39,15 @@ def search(
     as in any batch, which counts for a score within rounding of where a rule decides.
     """
     generator = PairGenerator(model, clip, config, options, decode_batch)
-    yield from schedule(generator, triplets, config, options, recipe, batch_size=batch_size)
+    yield from schedule(
+        generator,
+        triplets,
+        config,
+        options,
+        recipe,
+        batch_size=batch_size,
+        shown_below=shown_below,
+    )
 
 
 class PairGenerator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ip2p_ray.errors import ConfigError
@@ -49,11 +50,22 @@ class SearchConfig:
             raise ConfigError(f"share_source must be at least 2, got {self.share_source}")
         if self.decide_every < 1:
             raise ConfigError(f"decide_every must be at least 1, got {self.decide_every}")
+        self._refuse_idle("stop_early", self.stop_early is None, ("stop_margin",))
+        deciding = ("acceptance_prior", "decide_every")
+        self._refuse_idle("stop_early or give_up", not self.decides, deciding)
+        margins = ("prune_text", "prune_image", "prune_direction")
+        self._refuse_idle("prune_at", self.prune_at is None, margins)
         if self.decides and self.decide_every % (self.share_source or 1):
             raise ConfigError(
                 f"decide_every must be a multiple of share_source, {self.share_source}, "
                 f"got {self.decide_every}"
             )
+
+    def _refuse_idle(self, option: str, off: bool, names: Sequence[str]) -> None:
+        """A setting that nothing reads would still be in the recipe, and change every seed."""
+        for name in names:
+            if off and getattr(self, name) != getattr(SearchConfig, name):
+                raise ConfigError(f"{name} means nothing without {option}")
 
     @property
     def decides(self) -> bool:

@@ -61,12 +61,14 @@ def schedule(
     recipe: str,
     *,
     batch_size: int,
+    shown_below: str = "",
 ) -> Iterator[Searched]:
     """Each triplet as soon as its search has ended, which need not be in the order given.
 
     A triplet is a row with triplet_key, caption and edited_caption. `batch_size` counts candidates
     that have a source each, so a batch has twice as many rows of latents, and the UNet four times.
-    No more triplets are begun than fill a batch.
+    No more triplets are begun than fill a batch. Some rejected pictures of triplets whose keys are
+    below `shown_below` come too, see `rules.is_shown`.
 
     Raises: ConfigError where a group of one source does not fit into a batch.
     """
@@ -85,7 +87,7 @@ def schedule(
             row = next(coming, None)
             if row is None:
                 break
-            search = TripletSearch(row, config, options, recipe)
+            search = TripletSearch(row, config, options, recipe, shown_below)
             new.extend(Group(search, requests) for requests in search.ask())
         if not new and not survivors:
             return

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ip2p_ray.candidates import CandidateRequest
 from ip2p_ray.filtering import rejection, select
 from ip2p_ray.pairs import PairConfig, Pictures, candidate_requests
+from ip2p_ray.rules import is_shown
 from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.search.rules import chance_of_any, chance_of_better, hopeless
 
@@ -44,7 +45,7 @@ class Candidate:
     reason: str | None
     """`filtering`'s reason or PRUNED; None of a kept one."""
     source_image: Pictures | None
-    """uint8 (height, width, 3); None unless kept."""
+    """uint8 (height, width, 3); None unless kept or shown."""
     edited_image: Pictures | None
 
 
@@ -70,9 +71,15 @@ class TripletSearch:
     """
 
     def __init__(
-        self, triplet: Mapping[str, Any], config: PairConfig, options: SearchConfig, recipe: str
+        self,
+        triplet: Mapping[str, Any],
+        config: PairConfig,
+        options: SearchConfig,
+        recipe: str,
+        shown_below: str = "",
     ) -> None:
         self._triplet, self._config, self._options = triplet, config, options
+        self._shown_below = shown_below
         self._requests = candidate_requests(
             triplet["triplet_key"],
             triplet["caption"],
@@ -85,6 +92,7 @@ class TripletSearch:
         self._predicted: dict[int, Mapping[str, float]] = {}
         self._similarities: dict[int, Mapping[str, float]] = {}
         self._pictures: dict[int, Made] = {}
+        self._best: list[int] = []  # accepted ones that will be kept unless better ones come
         self._ended: Ended | None = None
 
     @property
@@ -111,15 +119,22 @@ class TripletSearch:
         return pruned
 
     def record(self, request: CandidateRequest, made: Made) -> None:
-        """Takes a finished candidate; holds on to no more pictures than will be kept."""
+        """Takes a finished candidate; holds on to no more pictures than kept or shown ones."""
         self._answered += 1
-        self._similarities[request.index] = made.similarities
-        if rejection(made.similarities, self._config.thresholds) is None:
+        index = request.index
+        self._similarities[index] = made.similarities
+        accepted = rejection(made.similarities, self._config.thresholds) is None
+        if accepted or self._is_shown(index):
             # a copy: the picture is a part of its batch's array, which is to go
             source, edited = made.source_image.copy(), made.edited_image.copy()
-            self._pictures[request.index] = replace(made, source_image=source, edited_image=edited)
-            best = sorted(self._pictures, key=self._rank)[: self._config.keep]
-            self._pictures = {index: self._pictures[index] for index in best}
+            self._pictures[index] = replace(made, source_image=source, edited_image=edited)
+        if accepted:
+            self._best = sorted([*self._best, index], key=self._rank)[: self._config.keep]
+            self._pictures = {
+                index: pictures
+                for index, pictures in self._pictures.items()
+                if index in self._best or self._is_shown(index)
+            }
 
     def result(self) -> Searched:
         """All that was made, judged together; to be asked for once `ask` has returned nothing."""
@@ -162,6 +177,9 @@ class TripletSearch:
         if level is not None and chance_of_any(accepted=len(best), **known) < level:
             return "futile"
         return None
+
+    def _is_shown(self, index: int) -> bool:
+        return is_shown(self._triplet["triplet_key"], index, self._shown_below)
 
     def _rank(self, index: int) -> tuple[float, int]:
         return -self._similarities[index]["direction_similarity"], index

@@ -38,8 +38,6 @@ CHECKED = pa.schema(
         ("group", pa.string()),  # equal for rows that are to be in one split; may be null
         ("source_digest", pa.string()),  # pixel_digest() of the picture as it came
         ("edited_digest", pa.string()),
-        ("source_plain", pa.bool_()),  # whether its bytes can be stored as they are
-        ("edited_plain", pa.bool_()),
         ("width", pa.int32()),  # in pixels, as it came
         ("height", pa.int32()),
         *(SCORES.field(name) for name in SCORES.names if name not in ("split", "reason")),

@@ -20,11 +20,9 @@ from ip2p_ray import storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.report import Report
 from ip2p_ray.rules import Rules, nothing_kept, reject_row
-from ip2p_ray.schema import CANDIDATES, PAIRS, REJECTS, SCORES, pair_key
+from ip2p_ray.schema import CANDIDATES, PAIRS, REJECTS, SCORES, SPLITS, pair_key
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.shards import TableShards, clear
-
-SPLITS = ("train", "held_out")
 
 _IMAGES = ("source_image", "edited_image")
 _CANDIDATE = [field.name for field in CANDIDATES.field("candidates").type.value_type]
@@ -67,7 +65,7 @@ def explode(folder: str, rules: Rules, made: storage.Manifest) -> storage.Manife
 
     run.make(scores, origin("scores"), lambda: write(scores, _write_scores))
     run.make(rejects, origin("rejects"), lambda: write(rejects, _write_rejects))
-    return run.make(pairs, origin("pairs"), write_pairs)
+    return run.make(pairs, origin("pairs"), write_pairs, device_seconds=lambda: made.device_seconds)
 
 
 def exploded(shard: str, *, images: bool = True, only: Sequence[str] | None = None) -> pa.Table:

@@ -1,8 +1,9 @@
 """Stored scores judged again: pairs by other thresholds, without a model and without a GPU.
 
-Every candidate's similarities were kept, but pictures only of the pairs: a candidate that the new
-thresholds accept and the old ones did not has none, and is a reject with a reason of its own. No
-Ray has to run; a few tables are in memory at a time.
+Every candidate's similarities were kept, but pictures only of the pairs: a candidate that is among
+the best by the new rules and was not by the old ones has none. It is a reject with a reason of its
+own, and the next best that has pictures is kept in its place. No Ray has to run; a few tables are
+in memory at a time.
 """
 
 from __future__ import annotations
@@ -21,16 +22,14 @@ import pyarrow.compute as pc
 
 from ip2p_ray import storage
 from ip2p_ray.errors import DatasetError, StageError
-from ip2p_ray.filtering import NOT_BEST, rejection, select
+from ip2p_ray.filtering import NOT_BEST, select
 from ip2p_ray.report import Report
 from ip2p_ray.rules import NO_PICTURE, Rules, nothing_kept, reject_row
-from ip2p_ray.schema import PAIRS, REJECTS, SCORES, SIMILARITIES
+from ip2p_ray.schema import PAIRS, REJECTS, SCORES, SIMILARITIES, SPLITS
 from ip2p_ray.stages import run
 from ip2p_ray.stages.shards import PICTURE_ROWS, TableShards, clear, read_tables, require_free
 
 logger = logging.getLogger(__name__)
-
-SPLITS = ("train", "held_out")
 
 _ROWS = 20_000
 _JUDGED = ("triplet_key", "pair_key", "index", *SIMILARITIES, "reason")
@@ -58,6 +57,7 @@ def rejudge_pairs(scored: str, folder: str, rules: Rules) -> storage.Manifest:
         DatasetError: scores or pairs are missing, not whole, or not of this package.
         ConfigError: something else lies in the folder.
         StageError: no candidate was accepted; the text says which threshold rejected how many.
+            Nothing was written then, so that other rules may be tried in the same folder.
     """
     again = _Again(scored, rules)
     sources = {
@@ -74,6 +74,8 @@ def rejudge_pairs(scored: str, folder: str, rules: Rules) -> storage.Manifest:
         origin = run.Origin(dataset=dataset, config=asdict(rules), models=models, sources=sources)
         return run.make(uri, origin, build)
 
+    if not storage.exists(storage.join(pairs, storage.MANIFEST)):
+        again.require_some()
     make("scores", scores, lambda: again.write_scores(scores))
     make("rejects", rejects, lambda: again.write_rejects(rejects))
     return make("pairs", pairs, lambda: again.write_pairs(pairs))
@@ -86,6 +88,12 @@ class _Again:
         self._scores, self._pairs = storage.join(scored, "scores"), storage.join(scored, "pairs")
         self._rejects = storage.join(scored, "rejects", "pairs")
         self._rules = rules
+
+    def require_some(self) -> None:
+        """Fails where no candidate is accepted."""
+        accepted, counts = self._accepted
+        if not accepted:
+            raise StageError(nothing_kept(counts, self._rules, self._scores))
 
     def write_scores(self, uri: str) -> list[Report]:
         clear(uri)
@@ -113,24 +121,7 @@ class _Again:
     def write_pairs(self, uri: str) -> list[Report]:
         began = time.monotonic()
         clear(uri)
-        accepted, counts = set(), Counter[str | None]()
-        unscored = set()
-        for table in self._judged():
-            keys, reasons = table["pair_key"].to_pylist(), table["reason"].to_pylist()
-            counts.update(reasons)
-            accepted |= {
-                bytes.fromhex(key)
-                for key, reason in zip(keys, reasons, strict=True)
-                if reason is None
-            }
-            unscored |= set(
-                table.filter(pc.is_null(table["image_similarity"]))["pair_key"].to_pylist()
-            )
-        for table in self._others():
-            rows = table.select(["key", "reason"]).to_pylist()
-            counts.update(row["reason"] for row in rows if row["key"] not in unscored)
-        if not accepted:
-            raise StageError(nothing_kept(counts, self._rules, self._scores))
+        accepted, counts = self._accepted
         shards = {split: TableShards(uri, split, PAIRS) for split in SPLITS}
         for table in read_tables(self._pairs, PAIRS, rows=PICTURE_ROWS):
             kept = [bytes.fromhex(key) in accepted for key in table["pair_key"].to_pylist()]
@@ -152,13 +143,33 @@ class _Again:
         missing = counts.get(NO_PICTURE, 0)
         if missing:
             logger.info(
-                "pairs: %s of %s accepted candidates have no pictures, which were kept only for "
-                "the pairs of %s; to have those too, generate pairs with these thresholds into a "
-                "new folder",
+                "pairs: %s candidates that are among the best by these rules have no pictures, "
+                "which were kept only for the pairs of %s; to have those, generate pairs by these "
+                "rules into a new folder",
                 f"{missing:,}",
-                f"{missing + counts[None]:,}",
                 self._pairs,
             )
+
+    @cached_property
+    def _accepted(self) -> tuple[set[bytes], Counter[str | None]]:
+        """The keys of the accepted candidates, and how many there are of each reason."""
+        accepted, counts = set(), Counter[str | None]()
+        unscored = set()
+        for table in self._judged():
+            keys, reasons = table["pair_key"].to_pylist(), table["reason"].to_pylist()
+            counts.update(reasons)
+            accepted |= {
+                bytes.fromhex(key)
+                for key, reason in zip(keys, reasons, strict=True)
+                if reason is None
+            }
+            unscored |= set(
+                table.filter(pc.is_null(table["image_similarity"]))["pair_key"].to_pylist()
+            )
+        for table in self._others():
+            rows = table.select(["key", "reason"]).to_pylist()
+            counts.update(row["reason"] for row in rows if row["key"] not in unscored)
+        return accepted, counts
 
     @cached_property
     def _pictured(self) -> set[bytes]:
@@ -183,17 +194,16 @@ class _Again:
         """Of the candidates of one triplet. One that was never scored keeps the reason it has."""
         thresholds = self._rules.thresholds
         reasons = [row["reason"] for row in rows]
-        judged = []
-        for place, row in enumerate(rows):
-            if row["image_similarity"] is None:
-                continue
-            pictured = bytes.fromhex(row["pair_key"]) in self._pictured
-            if not pictured and rejection(row, thresholds) is None:
-                reasons[place] = NO_PICTURE  # and takes no place from one that has a picture
-            else:
-                judged.append(place)
-        found = select([rows[place] for place in judged], thresholds, self._rules.keep)
-        for place, reason in zip(judged, found, strict=True):
+        scored = [place for place, row in enumerate(rows) if row["image_similarity"] is not None]
+        pictured = [p for p in scored if bytes.fromhex(rows[p]["pair_key"]) in self._pictured]
+
+        def chosen(places: list[int]) -> Iterator[tuple[int, str | None]]:
+            found = select([rows[place] for place in places], thresholds, self._rules.keep)
+            return zip(places, found, strict=True)
+
+        for place, reason in chosen(scored):
+            reasons[place] = reason or NO_PICTURE
+        for place, reason in chosen(pictured):  # one without pictures takes no place from these
             reasons[place] = reason
         return reasons
 

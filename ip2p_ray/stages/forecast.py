@@ -46,8 +46,10 @@ class Forecast:
     """Of one judge for a candidate."""
     generators: int
     """That the cluster has room for, of those asked for."""
+    cpu_generators: int
+    """Beside them, without a GPU; how fast those are is not measured."""
     judges: int
-    """As many as were asked for."""
+    """As many as there may be."""
     triplet_bytes: float
     """Of all pictures of a triplet on their way to the judge; 0 where they are judged at once."""
     pair_bytes: float
@@ -66,6 +68,12 @@ class Forecast:
         return (
             f"plan: a triplet's pictures, about {size(self.triplet_bytes)}, go to the judge in one "
             "piece; with --judge-actors 0 they stay where they are made"
+        )
+
+    def _beside(self) -> str:
+        return (
+            f"plan: what {self.cpu_generators} generators without a GPU make comes off that; how "
+            "fast they are is not measured"
         )
 
     @property
@@ -97,6 +105,7 @@ class Forecast:
             "again in pairs"
             + ("; pictures of so few steps are larger than finished ones" * self.extrapolated),
             *([self._carried()] * (self.triplet_bytes > BLOCK_BYTES)),
+            *([self._beside()] * bool(self.cpu_generators)),
             *([f"plan: {self.asked_batch} at a time do not fit"] * smaller),
             *(["plan: judging is what binds: more --judge-actors, or --judge-gpus"] * self.judging),
             *(["plan: what the options spare comes off that"] * self.spared),
@@ -150,8 +159,9 @@ def forecast_of(triplets: str, folder: str, config: PairConfig, making: Making) 
         batch_size=made.batch_size,
         generator_seconds=made.seconds + (judged if making.judges is None else 0.0),
         judge_seconds=judged,
-        generators=_room(generators),
-        judges=_room(generators) if making.judges is None else making.judges.actors,
+        generators=_room(generators, making.judges),
+        cpu_generators=generators.cpu_actors,
+        judges=_room(judges),
         triplet_bytes=0.0 if making.judges is None else config.candidates * pair_bytes,
         pair_bytes=pair_bytes,
         extrapolated=made.extrapolated,
@@ -248,11 +258,12 @@ def _measure_judge(
     return seconds / len(requests)
 
 
-def _room(asked: run.Resources) -> int:
-    """Actors that the cluster has room for now, at least one."""
+def _room(asked: run.Resources, beside: run.Resources | None = None) -> int:
+    """Actors that the cluster has room for now, at least one; `beside` hold their share first."""
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     most = float(asked.most_actors or asked.actors)
-    for held, name in ((asked.gpus, "GPU"), (asked.cpus, "CPU")):
+    taken = (0.0, 0.0) if beside is None else (beside.actors * beside.gpus, beside.all_cpus)
+    for held, name, gone in ((asked.gpus, "GPU", taken[0]), (asked.cpus, "CPU", taken[1])):
         if held:
-            most = min(most, have.get(name, 0.0) // held)
+            most = min(most, (have.get(name, 0.0) - gone) // held)
     return max(1, int(most))

@@ -7,15 +7,12 @@ apart. Made for `jobs/benchmark.py pipeline`.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import ray
 
@@ -105,33 +102,3 @@ def span(log: Path, actors: int, wall_seconds: float) -> Span:
         busy=worked / (actors * seconds),
         wall_seconds=wall_seconds,
     )
-
-
-@contextmanager
-def peak_memory(every_s: float = 0.5) -> Iterator[dict[str, int]]:
-    """The largest resident memory of this process while the block runs, under "driver", in bytes.
-
-    And under "object_store" the most that lay in Ray's.
-    """
-    peak = {"driver": 0, "object_store": 0}
-    process, stop = psutil.Process(), threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(every_s):
-            peak["driver"] = max(peak["driver"], process.memory_info().rss)
-            if ray.is_initialized():
-                peak["object_store"] = max(peak["object_store"], _object_store_bytes())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _object_store_bytes() -> int:
-    name = "object_store_memory"
-    have, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
-    return int(have.get(name, 0) - free.get(name, 0))

@@ -1,18 +1,22 @@
 """A user's own pairs -> checked -> pairs, with scores and rejects beside them.
 
 `checked` holds what is known of every row that came, without pictures (`stages.checked`). Reasons,
-splits and the datasets are read off it, and the pictures once more from the input. One process does
-it, in threads; no Ray has to run.
+splits and the datasets are read off it, and the pictures once more from the input. Where too few
+rows can be used it is removed, because of an input only names and sizes of tables tell that it
+changed: the same command checks all of it anew, and finds what was mended. One process does it, in
+threads; no Ray has to run.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +28,9 @@ from ip2p_ray.layouts import Given, PairFiles
 from ip2p_ray.own_pairs import DUPLICATE, UNUSABLE, OwnPairsConfig, stored_picture
 from ip2p_ray.report import Report
 from ip2p_ray.rules import Rules, nothing_kept, reject_row
-from ip2p_ray.schema import PAIRS, REJECTS, SCORES, caption_key
+from ip2p_ray.schema import PAIRS, REJECTS, SCORES, SPLITS, caption_key
 from ip2p_ray.stages import run
 from ip2p_ray.stages.checked import check_rows, in_chunks
-from ip2p_ray.stages.filtering import SPLITS
 from ip2p_ray.stages.shards import TableShards, clear, require_free
 from ip2p_ray.stages.verdicts import Verdicts
 
@@ -62,7 +65,8 @@ def collect_own_pairs(own: OwnPairs, folder: str, judge: Clip | None = None) -> 
     Raises:
         DatasetError: a file is missing or broken, or holds no pairs; says which and what it has.
         ConfigError: something else lies in the folder.
-        StageError: too many rows are unusable, or none could be kept; says why.
+        StageError: too many rows are unusable, or none could be kept; says why. Then the next run
+            checks all rows anew.
     """
     inputs = own.files.inputs()
     checked = storage.join(folder, "checked")
@@ -70,6 +74,7 @@ def collect_own_pairs(own: OwnPairs, folder: str, judge: Clip | None = None) -> 
     uris["rejects"] = storage.join(folder, "rejects", "pairs")
     for uri in (checked, *uris.values()):
         require_free(uri)
+    _remove_orphans(checked, uris)
     models = {"judge": judge.fingerprint()} if judge else {}
     origin = run.Origin(
         dataset="checked", config={**asdict(own.config), "files": inputs}, models=models
@@ -88,10 +93,38 @@ def collect_own_pairs(own: OwnPairs, folder: str, judge: Clip | None = None) -> 
         made = run.Origin(dataset=dataset, config=config, models=models, sources=sources)
         return run.make(uris[dataset], made, lambda: build(uris[dataset]))
 
-    make("scores", rest.write_scores)
-    make("rejects", rest.write_rejects)
-    rest.require_enough(uris)
+    try:
+        make("scores", rest.write_scores)
+        make("rejects", rest.write_rejects)
+        rest.require_enough(uris)
+    except StageError:
+        if not _is_whole(uris["pairs"]):
+            storage.remove_all(checked)  # scores and rejects stay, for people, until the next run
+        raise
     return make("pairs", rest.write_pairs)
+
+
+def _remove_orphans(checked: str, uris: Mapping[str, str]) -> None:
+    """Removes what was read off a CHECKED that is gone: another one says other things.
+
+    Whole pairs stay, with all that lies beside them.
+    """
+    names = (storage.MANIFEST, run.ORIGIN)
+    if any(storage.exists(storage.join(checked, name)) for name in names):
+        return
+    if _is_whole(uris["pairs"]):
+        return
+    for uri in uris.values():
+        place = storage.join(uri, run.ORIGIN)
+        if not storage.exists(place):
+            continue
+        with suppress(ValueError):  # what cannot be read is told by whoever makes the dataset
+            if "checked" in json.loads(storage.read_bytes(place)).get("sources", {}):
+                storage.remove_all(uri)
+
+
+def _is_whole(uri: str) -> bool:
+    return storage.exists(storage.join(uri, storage.MANIFEST))
 
 
 class _Rest:
@@ -167,7 +200,7 @@ class _Rest:
         try:
             pictures = {
                 f"{name}_image": stored_picture(
-                    picture, plain=row[f"{name}_plain"], config=self._own.config
+                    picture, digest=row[f"{name}_digest"], config=self._own.config
                 )
                 for name, picture in (("source", given.source), ("edited", given.edited))
             }

@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from ip2p_ray.clip import Clip
 from ip2p_ray.filtering import select
 from ip2p_ray.generator import Batch, Generator, GeneratorWeights, Holding
 from ip2p_ray.images import decode_image, encode_image, encode_png, to_pil
+from ip2p_ray.memory import halved, is_out_of_memory
 from ip2p_ray.pairs import CandidateRequest, PairConfig, Pictures, candidate_requests
+from ip2p_ray.rules import is_shown
 from ip2p_ray.schema import CANDIDATES, TRIPLETS
 from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.search.triplet import Searched
@@ -28,6 +32,7 @@ class GenerateCandidates:
     def __init__(
         self, weights: GeneratorWeights, holding: Holding, config: PairConfig, recipe: str
     ) -> None:
+        holding = held_here(holding)
         self._generator = Generator(weights.load(holding.device), holding)
         self._config, self._recipe = config, recipe
         self._encoders = ThreadPoolExecutor(2)  # beside the device, which makes the next batch
@@ -71,8 +76,8 @@ class GenerateCandidates:
 class SearchCandidates:
     """An actor of the plan that generates and judges: rows of TRIPLETS in, of CANDIDATES out.
 
-    Pictures of rejects never leave it, and what the judge says of a triplet's first candidates may
-    spare the rest.
+    Pictures of rejects, but for a few to be shown, never leave it, and what the judge says of a
+    triplet's first candidates may spare the rest.
     """
 
     def __init__(
@@ -84,19 +89,31 @@ class SearchCandidates:
         config: PairConfig,
         options: SearchConfig,
         recipe: str,
+        shown_below: str = "",
     ) -> None:
+        holding = held_here(holding)
         self._generator = Generator(weights.load(holding.device), holding)
         self._clip = Clip.load(judge, holding.device)
         self._config, self._options, self._recipe = config, options, recipe
+        self._shown_below = shown_below
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """A table for each triplet of the batch, as soon as its search has ended."""
         rows = batch.select(TRIPLETS.names).to_pylist()
-        began = time.monotonic()
-        for found in self._generator.search(
-            self._clip, rows, self._config, self._options, self._recipe
-        ):
-            seconds, began = time.monotonic() - began, time.monotonic()
+        searched = self._generator.search(
+            self._clip,
+            rows,
+            self._config,
+            self._options,
+            self._recipe,
+            shown_below=self._shown_below,
+        )
+        while True:
+            began = time.monotonic()
+            found = next(searched, None)
+            seconds = time.monotonic() - began
+            if found is None:
+                return
             yield pa.Table.from_pylist([self._row(found, seconds)], schema=CANDIDATES)
 
     def _row(self, found: Searched, seconds: float) -> dict[str, Any]:
@@ -149,12 +166,24 @@ class JudgeCandidates:
 
     def _judge(self, row: dict[str, Any]) -> None:
         candidates = row["candidates"]
-        for start in range(0, len(candidates), self._batch_size):
-            self._score(row, candidates[start : start + self._batch_size])
+        done = 0
+        while done < len(candidates):
+            part = candidates[done : done + self._batch_size]
+            too_large: str | None = None
+            try:
+                self._score(row, part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                too_large = str(error)
+            if too_large is None:
+                done += len(part)
+            else:  # the candidates are judged again
+                self._batch_size = halved("judge", len(part), too_large, self._clip.device)
         reasons = select(candidates, self._config.thresholds, self._config.keep)
-        shown = row["triplet_key"] < self._shown_below
         for candidate, reason in zip(candidates, reasons, strict=True):
             candidate["reason"] = reason
+            shown = is_shown(row["triplet_key"], candidate["index"], self._shown_below)
             for name in ("source_image", "edited_image"):
                 candidate[name] = self._stored(candidate[name]) if reason is None or shown else None
 
@@ -172,6 +201,15 @@ class JudgeCandidates:
     def _stored(self, image: Mapping[str, Any]) -> dict[str, Any]:
         picture = decode_image(image["bytes"])
         return {"bytes": encode_image(picture, self._config.image_format), "path": None}
+
+
+def held_here(holding: Holding) -> Holding:
+    """The same on the CPU where this actor was given no GPU, as some of a mixed pool are not."""
+    if holding.device == "cpu" or not ray.is_initialized():
+        return holding
+    if ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        return holding
+    return replace(holding, device="cpu", channels_last=False, compile=False)
 
 
 def _transported(array: Pictures) -> bytes:

@@ -11,8 +11,12 @@ so few blocks that the driver's memory does not grow with the number of triplets
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError
@@ -25,9 +29,15 @@ from ip2p_ray.search.options import SearchConfig, search_recipe
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.compaction import compact
 from ip2p_ray.stages.explosion import explode
+from ip2p_ray.stages.memory import memory_line
 from ip2p_ray.stages.pair_actors import GenerateCandidates, JudgeCandidates, SearchCandidates
 from ip2p_ray.stages.pairs_page import shown_below, write_page
 from ip2p_ray.stages.queue import PART_TRIPLETS, fill_queue
+
+logger = logging.getLogger(__name__)
+
+ROWS_ON_THE_WAY = 3
+"""Of each actor: one that it works on, one that waits for it, one that it has made."""
 
 WORK = ".work"
 """Folder, in that of a part, of the many small shards that the plan writes, and of its notes."""
@@ -61,6 +71,10 @@ class Making:
                 "what is spared is decided by the judge, which then has to be where the pictures "
                 "are made: judges must be None with any option"
             )
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is at least 1, got {self.limit}")
+        if self.part_triplets < 1:
+            raise ConfigError(f"part_triplets is at least 1, got {self.part_triplets}")
         shared = self.options.share_source or 1
         if 1 + shared > 2 * self.holding.batch_size:
             raise ConfigError(
@@ -69,6 +83,13 @@ class Making:
             )
         if self.judges is None and self.holding.compile:
             raise ConfigError("a search has batches of many shapes: compile needs judges")
+
+    def store_bytes(self, config: PairConfig) -> int:
+        """About what lies in Ray's object store at a time: rows on their way to the judges."""
+        if self.judges is None:
+            return 0
+        most = [held.most_actors or held.actors for held in (self.generators, self.judges)]
+        return ROWS_ON_THE_WAY * sum(most) * triplet_bytes(config)
 
     @property
     def actors(self) -> tuple[run.Resources, ...]:
@@ -127,7 +148,7 @@ def generate_pairs(
             _make_part(part, candidates, replace(origin, dataset=name), number, steps)
         return []
 
-    made = run.make(candidates, origin, generate)
+    made = run.make(candidates, origin, generate, device_seconds=lambda: _parts_seconds(candidates))
     pairs = explode(folder, Rules(thresholds=config.thresholds, keep=config.keep), made)
     write_page(folder, config)
     return pairs
@@ -141,7 +162,7 @@ def _make_part(
     blocks = storage.join(part, WORK, "blocks")
 
     def generate() -> list[Report]:
-        plan.stream(
+        peaks = plan.stream(
             [source],
             blocks,
             name=origin.dataset,
@@ -152,12 +173,36 @@ def _make_part(
             rows_per_block=steps[0].resources.batch_size,
             patient=True,
         )
+        logger.info("%s: memory at most: %s", origin.dataset, memory_line(peaks))
         shards = storage.list_shards(blocks)
         compact(shards, part, name="candidates", key="triplet_key", schema=CANDIDATES)
         return []
 
-    run.make(part, replace(origin, sources={**origin.sources, "part": str(number)}), generate)
+    of_part = replace(origin, sources={**origin.sources, "part": str(number)})
+    run.make(part, of_part, generate, device_seconds=lambda: _device_seconds(part))
     storage.remove_all(storage.join(part, WORK))
+
+
+def _device_seconds(part: str) -> float:
+    """That the generators were busy with the candidates of a part."""
+    sums = (
+        pc.sum(pq.read_table(storage.local_path(shard), columns=["seconds"])["seconds"]).as_py()
+        for shard in storage.list_shards(part)
+    )
+    return round(sum(seconds or 0.0 for seconds in sums), 3)
+
+
+def _parts_seconds(candidates: str) -> float:
+    folders = sorted(storage.local_path(candidates).glob(f"part-*/{storage.MANIFEST}"))
+    return sum(storage.read_manifest(str(manifest.parent)).device_seconds for manifest in folders)
+
+
+def triplet_bytes(config: PairConfig) -> int:
+    """Of a triplet's pictures as they go to the judge, at most: PNG is no larger than the pixels.
+
+    All of them are one row, which can be no smaller than a block.
+    """
+    return config.candidates * 2 * 3 * config.resolution**2
 
 
 def triplets_at_a_time(batch_size: int, candidates: int) -> int:
@@ -182,7 +227,7 @@ def _steps(
 ) -> list[plan.Step]:
     rows = triplets_at_a_time(making.holding.batch_size, config.candidates)
     if making.judges is None:
-        return [_search_step(config, making, recipe, rows)]
+        return [_search_step(config, making, recipe, rows, shown_below(triplets))]
     return [
         plan.Step(
             callable=actors[0],
@@ -208,7 +253,9 @@ def _steps(
     ]
 
 
-def _search_step(config: PairConfig, making: Making, recipe: str, rows: int) -> plan.Step:
+def _search_step(
+    config: PairConfig, making: Making, recipe: str, rows: int, below: str
+) -> plan.Step:
     batch = making.holding.batch_size
     if making.options.decides:  # so many that those which go on fill batches
         rows = max(rows, 2 * batch // making.options.decide_every)
@@ -223,6 +270,7 @@ def _search_step(config: PairConfig, making: Making, recipe: str, rows: int) -> 
             "config": config,
             "options": making.options,
             "recipe": recipe,
+            "shown_below": below,
         },
         resources=replace(making.generators, batch_size=rows),
     )

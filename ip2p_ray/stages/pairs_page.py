@@ -11,9 +11,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ip2p_ray import storage
+from ip2p_ray.filtering import NOT_BEST
 from ip2p_ray.gallery import Bins, ShownCandidate, pairs_page
 from ip2p_ray.pairs import PairConfig
+from ip2p_ray.rules import SHOWN_CANDIDATES
 from ip2p_ray.schema import SCORES, SIMILARITIES
+from ip2p_ray.search.triplet import PRUNED
 from ip2p_ray.stages import plan
 from ip2p_ray.stages.explosion import exploded
 
@@ -46,7 +49,7 @@ def write_page(folder: str, config: PairConfig) -> None:
     pictures = _pictures(folder, pa.concat_tables([best, borderline, rejected]))
     text = pairs_page(
         report=storage.read_manifest(storage.join(folder, "pairs")).reports[-1],
-        device_seconds=_device_seconds(folder),
+        device_seconds=storage.read_manifest(storage.join(folder, "pairs")).device_seconds,
         histograms={
             name: _coarse(counts[name], least) for name, least in config.thresholds.least().items()
         },
@@ -64,7 +67,8 @@ def write_page(folder: str, config: PairConfig) -> None:
 def _counted(scores: Iterable[str], config: PairConfig) -> tuple[dict[str, COUNTS], COUNTS]:
     """Histograms of each similarity over [-1, 1] and of self_replace over its range.
 
-    int64 (2, bin) each: the rejected, then the kept.
+    int64 (2, bin) each: of a similarity the rejected, then the kept; of self_replace those that
+    fall short of a threshold, then those that do not, whether better ones were kept or not.
     """
     edges = np.linspace(-1.0, 1.0, _FINE + 1)
     low, high = config.self_replace
@@ -78,6 +82,8 @@ def _counted(scores: Iterable[str], config: PairConfig) -> tuple[dict[str, COUNT
             for name in SIMILARITIES:
                 values = side[name].drop_null().to_numpy()
                 counts[name][row] += np.histogram(np.clip(values, -1, 1), edges)[0]
+        passed = pc.or_(kept, pc.fill_null(pc.equal(table["reason"], NOT_BEST), False))
+        for row, side in enumerate((table.filter(pc.invert(passed)), table.filter(passed))):
             shares[row] += np.histogram(np.clip(side["self_replace"], low, high), parts)[0]
     return counts, shares
 
@@ -96,7 +102,8 @@ def _chosen(
         ]
         table = table.append_column("margin", pc.min_element_wise(*margins)).cast(columns)
         kept = pc.is_null(table["reason"])
-        shown = pc.and_(pc.invert(kept), pc.less(table["triplet_key"], below))
+        shown = pc.and_(pc.less(table["triplet_key"], below), pc.not_equal(table["reason"], PRUNED))
+        shown = pc.and_(shown, pc.less(table["index"], SHOWN_CANDIDATES))
         best = _first(best, table.filter(kept), "direction_similarity", "descending")
         borderline = _first(borderline, table.filter(kept), "margin", "ascending")
         rejected = _first(rejected, table.filter(shown), "pair_key", "ascending")
@@ -138,11 +145,6 @@ def _shown(rows: pa.Table, pictures: Mapping[str, tuple[bytes, bytes]]) -> list[
     ]
 
 
-def _device_seconds(folder: str) -> float:
-    shards = plan.shards(storage.join(folder, "candidates"))
-    return sum(pc.sum(pq.read_table(s, columns=["seconds"])["seconds"]).as_py() for s in shards)
-
-
 def _coarse(counts: COUNTS, least: float) -> Bins:
     """The histogram over the range that has values, in few bins."""
     used = np.flatnonzero(counts.sum(0))
@@ -163,7 +165,7 @@ def _coarse(counts: COUNTS, least: float) -> Bins:
 
 
 def _points(shares: COUNTS, bounds: tuple[float, float]) -> list[tuple[float, float]]:
-    """(self_replace, share that was kept) of each bin that has candidates."""
+    """(self_replace, share that passed) of each bin that has candidates."""
     low, high = bounds
     width = (high - low) / _SHARES
     return [

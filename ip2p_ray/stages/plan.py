@@ -20,12 +20,16 @@ from ip2p_ray import storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.places import Places
 from ip2p_ray.stages import run
+from ip2p_ray.stages.memory import peak_memory
 from ip2p_ray.stages.progress import HEARTBEAT_S, Progress, shown
+from ip2p_ray.stages.watching import Known, Tally, watched
 
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 << 20
 TASK_CPUS = 0.25
+
+_LAST_WORDS_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +53,9 @@ def shards(uri: str, prefix: str = "") -> list[str]:
     Raises:
         DatasetError: the dataset is not whole.
     """
-    storage.require_manifest(uri)
-    return [shard for shard in storage.list_shards(uri) if Path(shard).name.startswith(prefix)]
+    manifest = storage.read_manifest(uri)
+    names = [shard.name for shard in manifest.shards]
+    return [storage.join(uri, name) for name in names if Path(name).name.startswith(prefix)]
 
 
 def stream(
@@ -65,7 +70,7 @@ def stream(
     name: str | None = None,
     every_s: float = HEARTBEAT_S,
     patient: bool = False,
-) -> None:
+) -> dict[str, int]:
     """The rows of the shards `sources`, sent through the steps, as shards of the dataset at `uri`.
 
     A step may also be what makes a Dataset of Ray Data of another, such as a processor of
@@ -76,10 +81,13 @@ def stream(
     written twice. The dataset is not whole before `make` writes its manifest. `name`, by default
     that of its folder, is what the progress is told of, every `every_s` seconds. A plan in which
     nothing arrives for half an hour is ended by Ray, unless it is `patient`.
+
+    Returns the most memory that was used, in bytes: of the driver, of Ray's object store, and of
+    the largest actor of each step that is a class whose `__call__` is no coroutine.
     """
     rows = count_rows(sources)
     if not rows:
-        return
+        return {}
     resume = run.resume_folder(uri)
     if storage.is_local(resume):
         storage.local_path(resume).mkdir(parents=True, exist_ok=True)
@@ -89,7 +97,11 @@ def stream(
     context = _context(key, resume)
     if patient or any(isinstance(step, Step) and step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
-    with counted(progress, every_s=every_s) as tally, ray.data.DataContext.current(context):
+    with (
+        peak_memory() as peaks,
+        counted(progress, every_s=every_s) as tally,
+        ray.data.DataContext.current(context),
+    ):
         places = [storage.arrow_place(source) for source in sources]
         data: Any = ray.data.read_parquet(
             [path for _, path in places],
@@ -114,18 +126,26 @@ def stream(
             schema=schema,
             ray_remote_args={"num_cpus": TASK_CPUS},
         )
+        actors = _peaks(tally)
     _remove_duplicates(uri, key, rows)
+    return {**peaks, **actors}
 
 
 def _sent(data: Any, step: Step | Callable[[Any], Any], blocks: int, tally: Any) -> Any:
     """The data of Ray Data, sent through a step."""
     if not isinstance(step, Step):
         return step(data)
-    resources, counting = step.resources, {"tally": tally} if step.counts else {}
-    options = {"num_gpus": resources.gpus} if resources.gpus else {}
+    resources = step.resources
+    arguments = {**step.arguments, **({"tally": tally} if step.counts else {})}
+    actor = step.callable
+    if step.blocks is None:
+        actor, arguments = watched(actor), {**arguments, "watching": tally}
+    options: dict[str, Any] = {"num_gpus": resources.gpus} if resources.gpus else {}
+    if resources.cpu_actors:
+        options["ray_remote_args_fn"] = _Mixed(resources)
     return data.map_batches(
-        step.callable,
-        fn_constructor_kwargs={**step.arguments, **counting},
+        actor,
+        fn_constructor_kwargs=arguments,
         batch_size=resources.batch_size,
         batch_format="pyarrow",
         compute=_pool(resources, blocks, step.blocks),
@@ -137,12 +157,25 @@ def _sent(data: Any, step: Step | Callable[[Any], Any], blocks: int, tally: Any)
 
 def _pool(resources: run.Resources, blocks: int, calls: int | None) -> Any:
     """Actors of a step, never more than there are blocks."""
-    least = min(resources.actors, blocks)
-    most = min(resources.most_actors or resources.actors, blocks)
+    least = min(resources.actors + resources.cpu_actors, blocks)
+    most = min((resources.most_actors or resources.actors) + resources.cpu_actors, blocks)
     size: dict[str, Any] = {"size": least}
     if most > least:
         size = {"min_size": least, "max_size": most, "initial_size": least}
     return ray.data.ActorPoolStrategy(**size, max_concurrent_calls_per_actor=calls)
+
+
+class _Mixed:
+    """What the next actor of a mixed pool holds: those without a GPU are begun first."""
+
+    def __init__(self, resources: run.Resources) -> None:
+        self._resources, self._begun = resources, 0
+
+    def __call__(self) -> dict[str, float]:
+        self._begun += 1
+        if self._begun <= self._resources.cpu_actors:
+            return {"num_gpus": 0, "num_cpus": self._resources.cpu_actor_cpus}
+        return {"num_gpus": self._resources.gpus, "num_cpus": self._resources.cpus}
 
 
 def _context(key: str, resume: str) -> Any:
@@ -167,43 +200,42 @@ def _context(key: str, resume: str) -> Any:
 
 @contextmanager
 def counted(progress: Progress, *, every_s: float = HEARTBEAT_S) -> Iterator[Any]:
-    """An actor whose `add` advances the progress, which is shown while the block runs."""
+    """A Tally whose `add` advances the progress, which is shown while the block runs."""
     tally = Tally.remote()  # type: ignore[attr-defined]
-    before = progress.done
+    before, warned = progress.done, 0
     asked: list[Any] = []
 
-    def poll() -> int:
+    def poll(wait_s: float = 0.0) -> int:
         """What was counted when the tally last answered; it may be slow, or lost with its node."""
+        nonlocal warned
         if not asked:
-            asked.append(tally.total.remote())
-        if not ray.wait(asked, timeout=0)[0]:
+            asked.append(tally.known.remote())
+        if not ray.wait(asked, timeout=wait_s)[0]:
             return progress.done
         try:
-            return before + int(ray.get(asked.pop()))
+            known: Known = ray.get(asked.pop())
         except ray.exceptions.RayActorError:
             return progress.done
+        for text in known.warnings[warned:]:
+            logger.warning("%s: %s", progress.stage, text)
+        warned = len(known.warnings)
+        return before + known.total
 
     try:
         with shown(progress, poll, every_s=every_s):
             yield tally
+        asked.clear()
+        poll(_LAST_WORDS_S)
     finally:
         ray.kill(tally)
 
 
-@ray.remote(num_cpus=0)
-class Tally:
-    """Counts what processes tell it, for the one that shows it."""
-
-    def __init__(self) -> None:
-        self._total = 0
-
-    def add(self, count: int) -> None:
-        """So many more."""
-        self._total += count
-
-    def total(self) -> int:
-        """All so far."""
-        return self._total
+def _peaks(tally: Any) -> dict[str, int]:
+    try:
+        known: Known = ray.get(tally.known.remote(), timeout=_LAST_WORDS_S)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # lost with its node
+        return {}
+    return known.peaks
 
 
 def _count(table: pa.Table, tally: Any) -> pa.Table:

@@ -15,7 +15,7 @@ from ip2p_ray import storage
 from ip2p_ray.distinct import KEPT, NOT_SAMPLED, Distinct
 from ip2p_ray.errors import DatasetError, StageError
 from ip2p_ray.report import Report
-from ip2p_ray.schema import REJECTS, TRIPLETS, triplet_key
+from ip2p_ray.schema import REJECTS, SPLITS, TRIPLETS, triplet_key
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.captions import Shards
 from ip2p_ray.stages.shards import clear
@@ -80,10 +80,22 @@ def _rows(triplets: str) -> Iterator[dict[str, Any]]:
                         f"shard {shard} holds no triplets: it lacks {', '.join(sorted(missing))}; "
                         "jobs/collect_captions.py makes triplets of prompt files"
                     )
+                for name in TRIPLETS.names:
+                    kind = file.schema_arrow.field(name).type
+                    if not _is_text(kind):
+                        raise DatasetError(
+                            f"shard {shard} holds no triplets: its column {name} is {kind}"
+                        )
                 for batch in file.iter_batches(4096, columns=TRIPLETS.names):
                     yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise DatasetError(f"shard {shard} cannot be read: {error}") from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _reasons(triplets: str, limit: int | None) -> list[str | None]:
@@ -106,7 +118,7 @@ def _fault(row: dict[str, Any]) -> str | None:
         return NO_TEXT
     if row["triplet_key"] != triplet_key(*texts):
         return WRONG_KEY
-    return None if row["split"] in ("train", "held_out") else UNKNOWN_SPLIT
+    return None if row["split"] in SPLITS else UNKNOWN_SPLIT
 
 
 def _judge(report: Report, triplets: str, max_reject_share: float, rejects: str) -> None:

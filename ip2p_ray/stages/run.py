@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 import ip2p_ray
@@ -38,6 +40,11 @@ ORIGIN = "_origin.json"
 RESUME = ".resume"
 REJECTED = "rejects"
 
+_OF_THE_DISK = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "EMFILE")
+}
+
 NOTE_EVERY_S = 10.0
 """How often an attempt notes its time; kill -9 loses at most so much of it."""
 
@@ -59,6 +66,10 @@ class Resources:
     """GPUs of each actor."""
     batch_size: int = 8
     """Rows that an actor takes at a time."""
+    cpu_actors: int = 0
+    """Further ones that hold no GPU, beside those that do: a mixed pool."""
+    cpu_actor_cpus: float = 1.0
+    """Logical CPUs of each of those."""
 
     def __post_init__(self) -> None:
         if self.actors < 1 or self.batch_size < 1:
@@ -69,8 +80,21 @@ class Resources:
             raise ConfigError(
                 f"most_actors is at least actors, got {self.most_actors} and {self.actors}"
             )
-        if self.cpus < 0 or self.gpus < 0:
-            raise ConfigError(f"cpus and gpus are not negative, got {self.cpus} and {self.gpus}")
+        if self.cpus < 0 or self.gpus < 0 or self.cpu_actor_cpus < 0:
+            raise ConfigError(
+                f"cpus and gpus are not negative, got {self.cpus}, {self.cpu_actor_cpus} and "
+                f"{self.gpus}"
+            )
+        if self.cpu_actors < 0 or (self.cpu_actors and not self.gpus):
+            raise ConfigError(
+                f"cpu_actors is not negative, and stands beside actors with gpus, got "
+                f"{self.cpu_actors}"
+            )
+
+    @property
+    def all_cpus(self) -> float:
+        """Logical CPUs of all actors that there are at least."""
+        return self.actors * self.cpus + self.cpu_actors * self.cpu_actor_cpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +117,18 @@ class Origin:
 
 
 @contextmanager
-def local_ray(*, workers: int, actors: Sequence[Resources] = ()) -> Iterator[None]:
+def local_ray(
+    *, workers: int, actors: Sequence[Resources] = (), store_bytes: int = 0
+) -> Iterator[None]:
     """A Ray for the block: that of RAY_ADDRESS, else a small one that only this machine reaches.
 
     `workers` processes compute at the same time and share the machine's cores. There is room for
-    the `actors`.
+    the `actors`, and in its object store for at least `store_bytes`, as far as memory goes.
 
     Raises:
         ConfigError: there are not as many GPUs as the actors hold.
     """
-    cpus = sum(held.actors * held.cpus for held in actors)
+    cpus = sum(held.all_cpus for held in actors)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if "RAY_ADDRESS" not in os.environ:
         threads = max(1, usable_cores() // workers)
@@ -113,7 +139,7 @@ def local_ray(*, workers: int, actors: Sequence[Resources] = ()) -> Iterator[Non
             # Actors and tasks hold fractions; below 4 a plan's tasks may find none left.
             "num_cpus": max(4, workers + 2, math.ceil(cpus) + 2),
             "include_dashboard": False,
-            "object_store_memory": 256 << 20,
+            "object_store_memory": max(256 << 20, min(store_bytes, _free_memory() // 3)),
         }
     with _silent_stderr():
         ray.init(**options)
@@ -125,6 +151,10 @@ def local_ray(*, workers: int, actors: Sequence[Resources] = ()) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def _free_memory() -> int:
+    return int(psutil.virtual_memory().available)
 
 
 def _require_gpus(actors: Sequence[Resources]) -> None:
@@ -205,12 +235,14 @@ def make(
     origin: Origin,
     build: Callable[[], Sequence[Report]],
     *,
+    device_seconds: Callable[[], float] | None = None,
     note_every_s: float = NOTE_EVERY_S,
 ) -> storage.Manifest:
     """The manifest of the dataset at `uri`, made by `build` unless it lies there whole.
 
-    Its wall_seconds are those of all attempts at it. Each attempt notes its time in ORIGIN when it
-    ends and every `note_every_s` seconds, which is the most that kill -9 loses.
+    Its device_seconds are asked for once it is built. Its wall_seconds are those of all attempts
+    at it: each notes its time in ORIGIN when it ends and every `note_every_s` seconds, which is
+    the most that kill -9 loses.
 
     Raises:
         DatasetError: something made from another origin lies there.
@@ -236,6 +268,7 @@ def make(
             models=origin.models,
             reports=[report.as_dict() for report in reports],
             wall_seconds=wall_seconds,
+            device_seconds=device_seconds() if device_seconds else 0.0,
         ),
     )
     storage.remove_all(resume_folder(uri))
@@ -359,11 +392,19 @@ def guarded(name: str, work: Callable[[], object]) -> int:
 
 
 def own_error(error: BaseException | None) -> Ip2pError | None:
-    """The error of this package that caused one of Ray's, in the process where it was raised."""
+    """The error of this package that caused one of Ray's, in the process where it was raised.
+
+    What the disk refuses is one too, a StorageError.
+    """
     if error is None:
         return None
-    if isinstance(error, Ip2pError) and not isinstance(error, ray.exceptions.RayTaskError):
-        return error
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        if isinstance(error, Ip2pError):
+            return error
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            told = error.strerror or str(error)
+            where = f"{error.filename}: " if error.filename else ""
+            return StorageError(f"{where}{told}; once that is mended the same command goes on")
     failures = getattr(error, "worker_failures", None)
     # Workers that only miss the one that failed are named beside it.
     causes = list(failures.values()) if isinstance(failures, Mapping) else []

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ip2p_ray import memory
 from ip2p_ray.benchmark import measure
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def test_operations_are_counted():
 
 def test_weights_are_counted_in_bytes():
     network = torch.nn.Linear(3, 5)
-    assert measure.weight_bytes(network, network.half()) == 2 * 2 * (15 + 5)
+    assert memory.held_bytes(network, network.half()) == 2 * 2 * (15 + 5)
 
 
 def test_the_ceiling_is_above_what_one_product_reaches():
@@ -77,4 +78,4 @@ def test_facts_name_device_versions_and_date():
     assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
     assert facts["date"].endswith("+00:00")
     assert len(facts["load"]) == 3
-    assert measure.free_bytes(CPU) > 0
+    assert memory.free_bytes(CPU) > 0

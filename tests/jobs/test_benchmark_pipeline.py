@@ -50,12 +50,18 @@ def test_what_ray_costs_is_measured(tmp_path):
     done = run_job(*asked, "--json", told)
     assert done.returncode == 0, done.stderr
     found = json.loads(told.read_text())
+    assert found["date"]
+    assert found["versions"]["ray"]
     assert [run["workers"] for run in found["sleeping"]] == [1, 2, 4]
     assert [run["triplets"] for run in found["sleeping"]] == [4, 8, 16]
     assert all(0 < run["efficiency"] < 1.01 for run in found["sleeping"])
     assert all(0 < run["busy"] < 1.01 for run in found["sleeping"])
     assert found["real"]["stage_0"]["triplets"] == found["real"]["bare_0"]["triplets"] == 2
-    assert found["real"]["overhead"] > -1
+    seconds = {
+        kind: found["real"][f"{kind}_0"]["seconds"] + found["real"][f"{kind}_1"]["seconds"]
+        for kind in ("stage", "bare")
+    }
+    assert found["real"]["overhead"] == pytest.approx(seconds["stage"] / seconds["bare"] - 1)
     assert [run["triplets"] for run in found["many"]["runs"]] == [4, 40]
     assert all(run["driver"] > 1e8 for run in found["many"]["runs"])
     assert "pipeline: 40 triplets that cost nothing" in done.stdout

@@ -88,6 +88,10 @@ def ask(*arguments):
 def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path, mine, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     there, out = tmp_path, ("--out", tmp_path / "out")
+    folder, whole = tmp_path / "mine", tmp_path / "whole"
+    folder.mkdir()
+    (tmp_path / "a").mkdir()
+    storage.write_manifest(whole, storage.Manifest(dataset="pairs"))
     for arguments, told in (
         ([], "give either --scores or --input"),
         (["--scores", there, "--input", mine, *out], "give either --scores or --input"),
@@ -108,6 +112,14 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path, mine, capsys, monkey
         (["--input", mine, *out, "--export", tmp_path / "out"], "is what --out names"),
         (["--input", mine, "--out", mine], "is a file; give a folder"),
         (["--input", mine, *out, "--device", "tpu"], "--device"),
+        (["--input", there, *out], f"lies in {there}, whose files would then be read as well"),
+        (["--input", mine, there / "a" / "..", *out], f"--out {there / 'out'} lies in"),
+        (["--input", folder, *out, "--export", folder / "e"], f"--export {folder / 'e'} lies in"),
+        (["--scores", there, "--out", there / "pairs"], f"lies in {there / 'pairs'}"),
+        (["--scores", there, *out, "--export", there / "out" / "scores" / "e"], "--export"),
+        (["--scores", there, "--out", whole], f"lies in the dataset {whole}"),
+        (["--scores", there, "--out", whole / "a" / "b"], f"lies in the dataset {whole}"),
+        (["--scores", there, "--export", whole / "a"], f"lies in the dataset {whole}"),
     ):
         with pytest.raises(SystemExit) as raised:
             ask(*arguments)
@@ -118,6 +130,16 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path, mine, capsys, monkey
     assert "--input needs --out" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_beside_what_is_read_are_taken(tmp_path, mine):
+    asked = ask("--input", mine, "--out", tmp_path / "out", "--export", tmp_path / "out" / "e")
+    assert asked.export == tmp_path / "out" / "e"
+    again = ask("--scores", tmp_path, "--out", tmp_path / "looser")
+    assert again.out == tmp_path / "looser"
+    # An export is a dataset itself, and the same command finds it.
+    storage.write_manifest(tmp_path / "published", storage.Manifest(dataset="export"))
+    assert ask("--scores", tmp_path, "--export", tmp_path / "published").out is None
 
 
 def test_own_pairs_are_judged_judged_again_and_exported(tmp_path, mine):

@@ -8,9 +8,10 @@ import pytest
 
 from ip2p_ray import storage
 from ip2p_ray.images import decode_image
-from ip2p_ray.schema import CANDIDATES, PAIRS, SCORES
+from ip2p_ray.schema import CANDIDATES, PAIRS, REJECTS, SCORES
 from ip2p_ray.stages.run import locked
-from ip2p_ray.testing.pairs import write_triplets
+from ip2p_ray.testing.pairs import dataset_of, write_triplets
+from jobs.generate_pairs import GeneratePairs, _settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JOB = ROOT / "jobs" / "generate_pairs.py"
@@ -22,6 +23,7 @@ FLAGS = {
     *("--direction", "--limit", "--max-reject-share", "--actors", "--most-actors", "--gpus"),
     *("--cpus", "--batch-size", "--decode-batch", "--channels-last", "--compile"),
     *("--judge-actors", "--judge-gpus", "--judge-batch", "--stop-early", "--stop-margin"),
+    *("--cpu-actors", "--cpu-actor-cpus", "--most-judges", "--judge-cpus"),
     *("--give-up", "--acceptance-prior", "--decide-every", "--share-source", "--prune-at"),
     *("--prune-text", "--prune-image", "--prune-direction"),
 }
@@ -52,7 +54,16 @@ def test_the_flags_are_those_that_were_promised():
         (["--triplets", "t", "--actors", "0"], "--actors is at least 1"),
         (["--triplets", "t", "--actors", "3", "--most-actors", "2"], "--most-actors is at least"),
         (["--triplets", "t", "--max-reject-share", "1.5"], "--max-reject-share lies in [0, 1]"),
-        (["--triplets", "t", "--give-up", "0.1"], "--give-up needs --judge-actors 0"),
+        (
+            ["--triplets", "t", "--give-up", "0.1", "--judge-actors", "1"],
+            "--give-up needs --judge-actors 0",
+        ),
+        (["--triplets", "t", "--cpu-actors", "1"], "stands beside actors with --gpus"),
+        (["--triplets", "t", "--most-judges", "2", "--judge-actors", "3"], "--most-judges is at"),
+        (["--triplets", "t", "--self-replace", "0.9", "0.1"], "self_replace must be 0 <= from"),
+        (["--triplets", "t", "--text", "nan"], "text"),
+        (["--triplets", "t", "--stop-early", "2"], "stop_early must lie in (0, 1)"),
+        (["--triplets", "t", "--stop-margin", "0.3"], "stop_margin means nothing without"),
         (["--triplets", "s3://bucket/t"], "only local datasets can be read"),
         (["--triplets", "t", "--sampler", "heun"], "--sampler"),
         (["--triplets", "t", "--candidats", "3"], "--candidats"),
@@ -75,6 +86,24 @@ def test_a_missing_dataset_and_a_folder_in_use_end_it_before_anything_starts(tmp
         done = run_job("--triplets", tmp_path / "triplets", "--out", tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"generate_pairs: another run is working in {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "judges"),
+    [
+        ({}, 1),
+        ({"give_up": 0.1}, None),
+        ({"preset": "paper"}, None),  # 157 MB of pixels to each triplet
+        ({"preset": "fast"}, None),
+        ({"preset": "paper", "judge_actors": 2}, 2),
+        ({"preset": "paper", "judge_gpus": 0.25, "gpus": 0.75}, 1),
+        ({"preset": "paper", "compile": True}, 1),
+    ],
+)
+def test_pictures_too_large_to_carry_are_judged_where_they_are_made(flags, judges):
+    config, making = _settings(GeneratePairs(triplets="t", **flags))
+    assert (making.judges.actors if making.judges else None) == judges
+    assert (making.store_bytes(config) > 0) == (judges is not None)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +137,16 @@ def test_a_run_tells_its_plan_makes_pairs_and_goes_on_with_other_workers(flags, 
     scores = storage.read_dataset(str(tmp_path / "scores"), SCORES)
     assert scores.num_rows == 18
     rows = storage.read_dataset(str(tmp_path / "candidates"), CANDIDATES).to_pylist()
-    assert sum(row["seconds"] for row in rows) > 0
+    seconds = sum(row["seconds"] for row in rows)
+    assert seconds > 0
+    told = storage.read_manifest(str(tmp_path / "pairs")).device_seconds
+    assert told == pytest.approx(seconds, abs=0.01)
+    assert re.search(
+        r"memory at most: driver [\d.]+ .B, object store \S+ \S+, GenerateCandidates [\d.]+ .B, "
+        r"JudgeCandidates [\d.]+ .B",
+        done.stdout,
+    )
+    assert not (tmp_path / ".plan").exists()
     page = (tmp_path / "pairs.html").read_text()
     assert "12 of 18 candidates were kept" in page
     assert page.count("data:image/jpeg;base64,") == 2 * (12 + 12 + 6)
@@ -120,6 +158,16 @@ def test_a_run_tells_its_plan_makes_pairs_and_goes_on_with_other_workers(flags, 
     other = run_job(*asked, "--steps", 3)
     assert other.returncode == 1
     assert "was made differently (steps 2 there, 3 now)" in other.stderr
+
+
+@pytest.mark.ray
+def test_what_is_unusable_can_be_read_though_the_plan_already_fails(flags, tmp_path):
+    dataset_of(str(tmp_path / "triplets"), [("a", "b", "c"), ("a", "b", "c"), ("d", "e", "f")])
+    done = run_job("--triplets", tmp_path / "triplets", "--out", tmp_path, *flags, "--dry-run")
+    assert done.returncode == 1
+    place = re.search(r"which, is in (\S+);", done.stderr)[1]
+    rejects = storage.read_dataset(place, REJECTS).to_pylist()
+    assert [(row["reason"], row["detail"]) for row in rejects] == [("duplicate", "a | b | c")]
 
 
 @pytest.mark.ray

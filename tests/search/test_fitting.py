@@ -34,6 +34,16 @@ def test_nothing_accepted_is_a_prior_too() -> None:
     assert 0 < yes < 0.1 * no
 
 
+def test_candidates_of_one_source_count_once_for_the_prior() -> None:
+    alone = SearchConfig(give_up=0.2)
+    shared = SearchConfig(give_up=0.2, decide_every=40, share_source=40)
+    found = pilots(SearchConfig())
+    yes, no = fit(alone, found, THRESHOLDS).acceptance_prior
+    assert 0.3 < yes / (yes + no) < 0.7  # of candidates
+    yes, no = fit(shared, found, THRESHOLDS).acceptance_prior
+    assert yes / (yes + no) > 0.9  # of sources
+
+
 def score(request: CandidateRequest) -> dict[str, float]:
     """The text is always right, the image in half of the candidates."""
     good = request.seed % 2

@@ -9,6 +9,7 @@ import pytest
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.filtering import Thresholds, rejection, select
 from ip2p_ray.pairs import CandidateRequest, PairConfig, candidate_requests
+from ip2p_ray.rules import SHOWN_CANDIDATES
 from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.search.rules import chance_of_any, chance_of_better, hopeless
 from ip2p_ray.search.schedule import schedule
@@ -52,9 +53,18 @@ def searched(
     batch_size: int = 8,
     triplets: list[dict[str, Any]] = TRIPLETS,
     config: PairConfig = CONFIG,
+    shown_below: str = "",
 ) -> tuple[dict[str, Searched], ScriptedGenerator]:
     generator = ScriptedGenerator(score, blurred)
-    found = schedule(generator, triplets, config, options, "recipe", batch_size=batch_size)
+    found = schedule(
+        generator,
+        triplets,
+        config,
+        options,
+        "recipe",
+        batch_size=batch_size,
+        shown_below=shown_below,
+    )
     by_key = {one.triplet["triplet_key"]: one for one in found}
     assert len(by_key) == len(triplets)
     return by_key, generator
@@ -273,6 +283,22 @@ def test_groups_of_one_source_stay_together() -> None:
     assert [len(one.candidates) for one in found.values()] == [20] * 9
     with pytest.raises(ConfigError, match="too few for share_source 8"):
         searched(SearchConfig(share_source=8), batch_size=4)
+
+
+def test_some_rejected_pictures_of_triplets_to_be_shown_come_too() -> None:
+    options = SearchConfig(prune_at=0.5)
+    found, _ = searched(options)
+    shown, _ = searched(options, shown_below="l")  # all keys begin with a k
+    assert facts(found) == facts(shown)
+    for key, one in shown.items():
+        for before, after in zip(found[key].candidates, one.candidates, strict=True):
+            finished = after.similarities is not None
+            kept = before.source_image is not None
+            assert (after.source_image is not None) == (
+                kept or (finished and after.request.index < SHOWN_CANDIDATES)
+            )
+            if after.source_image is not None:
+                assert after.source_image.item(0) == after.request.index
 
 
 def test_no_triplet_gives_nothing() -> None:

@@ -115,6 +115,19 @@ def test_the_same_again_is_there_already_and_other_pairs_are_refused(made, tmp_p
         export_pairs(str(other), published)
 
 
+def test_a_card_that_was_deleted_is_written_again_and_a_changed_one_stays(made):
+    folder, published = made
+    exported = export_pairs(folder, published)
+    card = storage.local_path(f"{published}/README.md")
+    text = card.read_text()
+    card.unlink()
+    assert export_pairs(folder, published) == exported
+    assert card.read_text() == text
+    card.write_text("license: mine")
+    assert export_pairs(folder, published) == exported
+    assert card.read_text() == "license: mine"
+
+
 def test_foreign_files_stay_and_no_pairs_are_told(made, tmp_path):
     folder, published = made
     mine = tmp_path / "published" / "data.parquet"

@@ -3,6 +3,7 @@
 import io
 import itertools
 import random
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError, DatasetError, StageError
-from ip2p_ray.filtering import Thresholds, rejection, select
+from ip2p_ray.filtering import NOT_BEST, Thresholds, select
 from ip2p_ray.rules import NO_PICTURE, Rules
 from ip2p_ray.schema import (
     PAIRS,
@@ -122,14 +123,11 @@ def test_scores_judged_again_are_those_of_judging_so_at_once(folders, rules):
     rows = candidates()
     before = {r["pair_key"] for r in write_scored(scored, rows) if r["reason"] is None}
     manifest = rejudge_pairs(scored, out, rules)
-    lost = {
-        row["pair_key"]
-        for row in rows
-        if row["pair_key"] not in before and rejection(row, rules.thresholds) is None
-    }
-    left = [row for row in rows if row["pair_key"] not in lost]
-    truth = {row["pair_key"]: row["reason"] for row in judged(left, rules)}
-    expected = {**truth, **dict.fromkeys(lost, NO_PICTURE)}
+    # Of all candidates the best are accepted; where they have no pictures, the best that do.
+    of_all = {row["pair_key"]: row["reason"] for row in judged(rows, rules)}
+    pictured = judged([row for row in rows if row["pair_key"] in before], rules)
+    expected = {key: reason or NO_PICTURE for key, reason in of_all.items()}
+    expected |= {row["pair_key"]: row["reason"] for row in pictured}
     scores = read(out, "scores", SCORES)
     assert {row["pair_key"]: row["reason"] for row in scores} == expected
     assert len(scores) == len(rows)
@@ -149,6 +147,34 @@ def test_scores_judged_again_are_those_of_judging_so_at_once(folders, rules):
     assert stored_rules(out) == rules
 
 
+def test_the_same_rules_again_give_the_same_funnel(folders, caplog):
+    scored, out = folders
+    caplog.set_level("INFO", logger="ip2p_ray")
+    found = write_scored(scored, candidates())
+    manifest = rejudge_pairs(scored, out, FIRST)
+    before = Counter(row["reason"] for row in found if row["reason"] is not None)
+    assert before[NOT_BEST]
+    assert manifest.reports[0]["rejected"] == before
+    assert read(out, "scores", SCORES) == read(scored, "scores", SCORES)
+    assert "no pictures" not in caplog.text
+
+
+def test_only_the_best_of_those_without_pictures_are_said_to_lack_them(folders):
+    scored, out = folders
+    rows = candidates(1)
+    for row, direction in zip(rows, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), strict=True):
+        row |= {**dict.fromkeys(SIMILARITIES, 0.9), "direction_similarity": direction}
+    for place in (0, 2, 4):
+        rows[place]["image_similarity"] = 0.7  # so the first rules keep 1 and 3
+    write_scored(scored, rows)
+    rejudge_pairs(scored, out, Rules(thresholds=Thresholds(image=0.6), keep=3))
+    scores = read(out, "scores", SCORES)
+    assert [row["reason"] for row in scores] == [
+        *(NO_PICTURE, None, NO_PICTURE, None),
+        *(NOT_BEST, NOT_BEST),
+    ]
+
+
 def test_what_has_no_pictures_is_counted_and_told(folders, caplog):
     scored, out = folders
     caplog.set_level("INFO", logger="ip2p_ray")
@@ -157,8 +183,8 @@ def test_what_has_no_pictures_is_counted_and_told(folders, caplog):
     missing = manifest.reports[0]["rejected"][NO_PICTURE]
     assert missing == 72 - manifest.rows
     [told] = [text for text in caplog.messages if "no pictures" in text]
-    assert told.startswith(f"pairs: {missing} of 72 accepted candidates have no pictures")
-    assert "generate pairs with these thresholds" in told
+    assert told.startswith(f"pairs: {missing} candidates that are among the best by these rules")
+    assert "generate pairs by these rules" in told
 
 
 def test_a_split_stays_in_its_own_shards(folders):
@@ -259,9 +285,11 @@ def test_nothing_accepted_says_which_threshold_it_was(folders):
     scored, out = folders
     write_scored(scored, candidates())
     strict = Rules(thresholds=Thresholds(text=-1, image=-1, direction=0.9))
-    with pytest.raises(StageError, match=r"72 by direction_similarity below 0\.9"):
+    with pytest.raises(StageError, match=r"72 by direction_similarity below 0\.9") as raised:
         rejudge_pairs(scored, out, strict)
-    assert len(read(out, "scores", SCORES)) == 72
+    assert f"Their scores are in {scored}/scores; " in str(raised.value)
+    # It advises to lower the threshold, so that has to go in the folder that was given.
+    assert rejudge_pairs(scored, out, FIRST).rows
 
 
 def test_foreign_files_are_never_deleted(folders, tmp_path):

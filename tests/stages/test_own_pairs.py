@@ -4,6 +4,8 @@ import csv
 import io
 import itertools
 import json
+import math
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -176,6 +178,41 @@ def test_too_many_unusable_rows_fail_with_their_reasons_and_more_may_be_allowed(
     assert collect_own_pairs(own(path, max_reject_share=0.2), out).rows == 6
 
 
+def test_what_was_mended_is_found_by_the_same_command(tmp_path):
+    rows = [*rows_of(4), ("4-0.bin", "make it 4", encoded(9)), rows_of(6)[5]]
+    path, out = write_table(tmp_path, rows), str(tmp_path / "out")
+    for _ in range(2):
+        with pytest.raises(StageError, match="1 of 6 rows are unusable"):
+            collect_own_pairs(own(path, max_reject_share=0.1), out)
+        [reject] = read(out, "rejects/pairs", REJECTS)
+        assert (reject["key"], reject["reason"]) == ("pairs.csv:6", "image_missing")
+    (tmp_path / "4-0.bin").write_bytes(encoded(8))
+    assert collect_own_pairs(own(path, max_reject_share=0.1), out).rows == 6
+    assert len(read(out, "scores", SCORES)) == 6
+    assert read(out, "rejects/pairs", REJECTS) == []
+
+
+def test_a_share_that_a_finished_run_exceeds_costs_nothing_of_it(tmp_path):
+    path, out = write_table(tmp_path, [*rows_of(2), (b"x", "a", b"y")]), str(tmp_path / "out")
+    made = collect_own_pairs(own(path), out)
+    with pytest.raises(StageError, match="unusable"):
+        collect_own_pairs(own(path, max_reject_share=0.1), out)
+    assert len(read(out, "checked", CHECKED)) == 3
+    assert collect_own_pairs(own(path), out) == made
+
+
+def test_datasets_that_were_not_read_off_checked_rows_stay(tmp_path):
+    out = tmp_path / "out"
+    origin = {"config": {}, "sources": {"candidates": "a"}}
+    for name in ("scores", "rejects/pairs"):
+        (out / name).mkdir(parents=True)
+        (out / name / "_origin.json").write_text(json.dumps(origin))
+    with pytest.raises(DatasetError, match="made differently"):
+        collect_own_pairs(own(write_table(tmp_path, rows_of(1))), str(out))
+    for name in ("scores", "rejects/pairs"):
+        assert (out / name / "_origin.json").exists()
+
+
 def test_no_usable_row_and_no_row_at_all_are_told(tmp_path):
     path = write_table(tmp_path / "a", [(b"x", "a", b"y")])
     with pytest.raises(StageError, match="none of 1 rows could be kept: image_broken 1"):
@@ -273,13 +310,16 @@ def test_thresholds_apply_to_own_pairs_and_can_be_chosen_again(tmp_path, judge):
     impossible = Rules(thresholds=Thresholds(image=1.0), keep=None)
     with pytest.raises(StageError, match="10 by image_similarity below 1"):
         collect_own_pairs(own(path, rules=impossible), str(tmp_path / "none"), judge)
+    assert len(read(tmp_path / "none", "scores", SCORES)) == 10  # the sentence names them
+    assert collect_own_pairs(own(path, rules=loose), str(tmp_path / "none"), judge).rows == 10
 
 
-def test_thresholds_without_similarities_ask_for_a_judge(tmp_path):
+def test_thresholds_without_similarities_ask_for_a_judge(tmp_path, judge):
     path = write_table(tmp_path, rows_of(2))
-    rules = Rules(thresholds=Thresholds())
+    rules = Rules(thresholds=Thresholds(image=-1))
     with pytest.raises(StageError, match="brought no similarities; name a CLIP model with --judge"):
         collect_own_pairs(own(path, rules=rules), str(tmp_path / "out"))
+    assert collect_own_pairs(own(path, rules=rules), str(tmp_path / "out"), judge).rows == 2
 
 
 def test_the_references_layout_brings_its_draws_and_scores(tmp_path):
@@ -401,13 +441,55 @@ def test_a_kill_anywhere_loses_nothing_and_leaves_nothing_twice(tmp_path):
     assert event > 20
 
 
+@pytest.mark.slow
+def test_a_kill_of_a_run_that_fails_leaves_nothing_of_what_was_mended_since(tmp_path):
+    rows = [*rows_of(4), ("4-0.bin", "make it 4", encoded(9))]
+    path, truth = write_table(tmp_path, rows), str(tmp_path / "truth")
+    given, picture = own(path, max_reject_share=0.1), tmp_path / "4-0.bin"
+
+    def fail(out):
+        with suppress(StageError):
+            collect_own_pairs(given, out)
+
+    picture.write_bytes(encoded(8))
+    collect_own_pairs(given, truth)
+    for event in itertools.count(0, 7):
+        out = str(tmp_path / f"killed-{event}")
+        picture.unlink()
+        fail(out)
+        killed = killed_at(event, lambda out=out: fail(out))
+        picture.write_bytes(encoded(8))
+        with suppress(StageError):  # once more, where the kill fell before the end that it had
+            collect_own_pairs(given, out)
+        collect_own_pairs(given, out)
+        for name, schema in (
+            *(("checked", CHECKED), ("scores", SCORES)),
+            *(("pairs", PAIRS), ("rejects/pairs", REJECTS)),
+        ):
+            assert read(out, name, schema) == read(truth, name, schema)
+        if not killed:
+            break
+    assert event > 20
+
+
 def test_an_input_that_changed_after_it_was_checked_is_told(tmp_path):
     path, out = write_table(tmp_path, rows_of(3)), tmp_path / "out"
     collect_own_pairs(own(path), str(out))
     (out / "pairs" / storage.MANIFEST).unlink()
     (tmp_path / "1-0.bin").unlink()
-    with pytest.raises(DatasetError, match=r"changed since it was checked, first at pairs\.csv:3"):
+    told = r"changed since it was checked, first at pairs\.csv:3; delete .*checked and run"
+    with pytest.raises(DatasetError, match=told):
         collect_own_pairs(own(path), str(out))
+    (tmp_path / "1-0.bin").write_bytes(encoded(99))
+    with pytest.raises(DatasetError, match=told):
+        collect_own_pairs(own(path), str(out))
+    # What it advises is all that is needed.
+    storage.remove_all(out / "checked")
+    collect_own_pairs(own(path), str(out))
+    changed = next(r for r in read(out, "pairs", PAIRS) if r["instruction"] == "make it 1")
+    assert changed["source_image"]["bytes"] == encoded(99)
+    keys = {row["pair_key"] for row in read(out, "pairs", PAIRS)}
+    assert {row["pair_key"] for row in read(out, "scores", SCORES)} == keys
 
 
 def test_many_threads_keep_the_order(tmp_path):
@@ -432,3 +514,58 @@ def test_pictures_in_a_parquet_file(tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(content, schema=schema), tmp_path / "a.parquet")
     assert collect_own_pairs(own(tmp_path / "a.parquet"), str(tmp_path / "out")).rows == 40
+
+
+def test_lines_that_cannot_be_read_are_rejects_with_their_why(tmp_path):
+    write_table(tmp_path, rows_of(4))
+    names = [(f"{number}-0.bin", f"make it {number}", f"{number}-2.bin") for number in range(4)]
+    lines = [json.dumps(dict(zip(NAMES, row, strict=True))) for row in names]
+    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], '{"source_image": bro', *lines[1:]]))
+    huge = "x" * (csv.field_size_limit() + 1)
+    rows = [",".join(NAMES), *map(",".join, names), f'0-0.bin,"{huge}",1-2.bin']
+    (tmp_path / "b.csv").write_text("\n".join(rows))
+    for name, line, why in (("a.jsonl", 2, "not a line of JSON"), ("b.csv", 6, "larger than")):
+        out = tmp_path / f"out-{name}"
+        assert collect_own_pairs(own(tmp_path / name), str(out)).rows == 4
+        [reject] = read(out, "rejects/pairs", REJECTS)
+        assert (reject["key"], reject["reason"]) == (f"{name}:{line}", "unreadable_row")
+        assert why in reject["detail"]
+
+
+def write_prompt(root, **told):
+    """The reference's layout with four pairs, of which the last has other metadata."""
+    folder = root / "0"
+    folder.mkdir(parents=True)
+    texts = {"caption": "a cat", "edit": "make it a dog", "output": "a dog"}
+    (folder / "prompt.json").write_text(json.dumps(texts))
+    lines = []
+    for seed in range(4):
+        for place in (0, 1):
+            (folder / f"{seed}_{place}.png").write_bytes(encoded(2 * seed + place))
+        row = {"seed": seed, "p2p_threshold": 0.5, "cfg_scale": 9.0, "clip_sim_image": 0.8}
+        row |= dict.fromkeys(("clip_sim_0", "clip_sim_1", "clip_sim_dir"), 0.3)
+        lines.append(json.dumps({**row, **(told if seed == 3 else {})}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"clip_sim_dir": math.nan}, "direction_similarity"),
+        ({"clip_sim_dir": math.inf}, "direction_similarity"),
+        ({"clip_sim_0": 10**400}, "caption_similarity"),
+        ({"clip_sim_image": "0.8"}, "image_similarity"),
+        ({"seed": 3.5}, "bad_seed"),
+        ({"cfg_scale": 16777217, "clip_sim_0": 10**18}, None),
+        ({"clip_sim_dir": None, "cfg_scale": math.nan}, None),
+    ],
+)
+def test_numbers_of_the_metadata_that_are_none_or_too_large(tmp_path, told, reason):
+    root, out = write_prompt(tmp_path / "root", **told), tmp_path / "out"
+    collect_own_pairs(own(root, rules=Rules(thresholds=Thresholds(), keep=None)), str(out))
+    rejects = read(out, "rejects/pairs", REJECTS)
+    assert [row["reason"] for row in rejects] == ([] if reason is None else [reason])
+    again = Rules(thresholds=Thresholds(), keep=2)
+    rejudge_pairs(str(out), str(tmp_path / "again"), again)
+    assert len(read(tmp_path / "again", "pairs", PAIRS)) == 2

@@ -1,12 +1,14 @@
 import json
+import logging
 from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from ip2p_ray import storage
-from ip2p_ray.errors import ConfigError, StageError
+from ip2p_ray.errors import ConfigError, ModelError, StageError
 from ip2p_ray.filtering import Thresholds
 from ip2p_ray.generator import GeneratorWeights, Holding
 from ip2p_ray.images import decode_image
@@ -112,6 +114,32 @@ def test_the_judge_keeps_the_images_of_kept_candidates_only(made, name):
     assert dropped["source_image"] is None
     assert dropped["edited_image"] is None
     assert kept["direction_similarity"] >= dropped["direction_similarity"]
+
+
+class CrampedJudge(pair_actors.JudgeCandidates):
+    """A judge on whose device only so many candidates fit."""
+
+    most = 1
+
+    def _score(self, row, candidates):
+        if len(candidates) > self.most:
+            raise torch.OutOfMemoryError(f"tried to judge {len(candidates)}")
+        super()._score(row, candidates)
+
+
+def test_a_judge_whose_batch_does_not_fit_takes_fewer(made, name, caplog):
+    rows = storage.read_dataset(made.uri("candidates"), CANDIDATES).slice(0, 3)
+    judge = CrampedJudge(made.preset.judge, made.preset.pairs, batch_size=2)
+    with caplog.at_level(logging.WARNING, logger="ip2p_ray.memory"):
+        (judged,) = judge(rows.slice(0, 1))
+        list(judge(rows.slice(1, 2)))
+    assert caplog.messages == ["judge: 2 candidates at a time do not fit on cpu, goes on with 1"]
+    before = rows.slice(0, 1).to_pylist()[0]["candidates"]
+    for old, new in zip(before, judged.to_pylist()[0]["candidates"], strict=True):
+        assert new["direction_similarity"] == pytest.approx(old["direction_similarity"], abs=1e-4)
+    judge.most = 0
+    with pytest.raises(ModelError, match="judge: not even 1 at a time fit"):
+        list(judge(rows.slice(0, 1)))
 
 
 def test_rejects_say_why_and_no_pair_at_all_fails_the_stage(made, tmp_path):

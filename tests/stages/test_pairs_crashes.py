@@ -14,10 +14,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from ip2p_ray import storage
 from ip2p_ray.schema import PAIRS, SCORES, SIMILARITIES
+from ip2p_ray.stages import run
+from ip2p_ray.stages.pairs import ROWS_ON_THE_WAY
 from ip2p_ray.testing.pairs import write_triplets
 
 logger = logging.getLogger(__name__)
@@ -25,8 +28,8 @@ logger = logging.getLogger(__name__)
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 DRIVER = Path(__file__).parent / "pairs_driver.py"
-KILLS, TRIPLETS, MOST_ACTORS = 20, 200, 3
-SECONDS = 1.5  # of one triplet
+KILLS, TRIPLETS, MOST_ACTORS = 20, 240, 3
+SECONDS = 0.8  # of one triplet
 
 
 class Runs:
@@ -64,6 +67,14 @@ class Runs:
     def lines(self, folder: Path):
         log = self.root / f"{folder.name}.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def wait(self, driver: subprocess.Popen, folder: Path, more: int) -> None:
+        """Until so many more triplets are made, or the driver has ended, or for a minute."""
+        wanted, deadline = len(self.lines(folder)) + more, time.monotonic() + 60
+        while len(self.lines(folder)) < wanted and driver.poll() is None:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.1)
 
     def kill(self, kind: str, driver: subprocess.Popen, folder: Path, draw: random.Random) -> bool:
         """Whether there was one to kill."""
@@ -120,6 +131,24 @@ def outcome(folder: Path):
     return found
 
 
+def on_disk(folder: Path) -> set[str]:
+    """Keys of the triplets that need not be made again: of whole parts, and noted of the others."""
+    notes = [
+        note
+        for note in folder.glob(f"candidates/part-*/.work/{run.RESUME}/**/*.parquet")
+        if not note.name.endswith(".pending.parquet")
+    ]
+    shards = [
+        shard
+        for whole in folder.glob("candidates/part-*/_manifest.json")
+        for shard in whole.parent.glob("*.parquet")
+    ]
+    found = set()
+    for file in [*notes, *shards]:
+        found.update(pq.read_table(file, columns=["triplet_key"])["triplet_key"].to_pylist())
+    return found
+
+
 def test_twenty_kills_change_nothing(runs, tmp_path):
     write_triplets(str(tmp_path / "triplets"), TRIPLETS)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
@@ -130,13 +159,19 @@ def test_twenty_kills_change_nothing(runs, tmp_path):
 
     draw = random.Random(20)
     kills = Counter()
+    whole_parts = set()  # that there were when something was killed
+    saved = []  # what was on disk when a driver died, and when that was
     while kills.total() < KILLS:
         driver = runs.start(killed, draw.randint(1, MOST_ACTORS), SECONDS)
         while driver.poll() is None and kills.total() < KILLS:
-            time.sleep(draw.uniform(2, 12))
+            runs.wait(driver, killed, more=draw.randint(0, 16))
+            time.sleep(draw.uniform(0, 3))
             kind = draw.choice(["driver", "driver", "worker", "node"])
             if driver.poll() is None and runs.kill(kind, driver, killed, draw):
                 kills[kind] += 1
+                if kind == "driver":
+                    saved.append((time.time(), on_disk(killed)))
+                whole_parts.add(len(list(killed.glob("candidates/part-*/_manifest.json"))))
         if driver.poll() == 0:
             break  # it was done before the last kill
         driver.kill()
@@ -145,10 +180,17 @@ def test_twenty_kills_change_nothing(runs, tmp_path):
     assert last.wait(900) == 0, (tmp_path / "killed.log").read_text()[-3000:]
 
     assert outcome(killed) == expected
-    made = Counter(line["key"] for line in runs.lines(killed))
+    lines = runs.lines(killed)
+    for when, keys in saved:
+        later = {line["key"] for line in lines if line["began"] > when}
+        assert not keys & later, "a triplet that was on disk was made again"
+    assert saved[-1][1], "nothing was on disk at any kill of a driver"
+    made = Counter(line["key"] for line in lines)
     again = made.total() - len(made)
     logger.info("%s kills; %d of %d triplets were made again", dict(kills), again, len(made))
     assert len(made) == TRIPLETS
+    assert kills.total() == KILLS
+    assert len(whole_parts) > 1, "all kills fell into the same part"
     assert set(kills) == {"driver", "worker", "node"}
-    assert again <= kills.total() * MOST_ACTORS
+    assert again <= kills.total() * MOST_ACTORS * ROWS_ON_THE_WAY
     assert not list(killed.rglob("*.tmp"))

@@ -23,6 +23,7 @@ def scores(tmp_path, rows):
             "triplet_key": f"{number:08x}",
             **dict.fromkeys(SIMILARITIES, 0.9),
             "self_replace": 0.5,
+            "index": 0,
             **row,
         }
         for number, row in enumerate(rows)
@@ -60,6 +61,8 @@ def test_the_best_the_nearest_and_some_rejected_are_chosen(tmp_path):
             {"caption_similarity": 0.22},
             {"reason": "image_similarity", "image_similarity": 0.2},
             {"reason": "not_best", "triplet_key": "f" * 32},
+            {"reason": "not_best", "index": 8},  # its pictures are not kept
+            {"reason": "pruned"},  # it has none
         ],
     )
     best, borderline, rejected = pairs_page._chosen(shards, CONFIG, below="80000000")

@@ -1,4 +1,6 @@
+import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -52,7 +54,7 @@ def note(tmp_path, **arguments):
 
 
 def stream(source, uri, steps):
-    plan.stream(
+    return plan.stream(
         plan.shards(source),
         uri,
         key="key",
@@ -127,3 +129,29 @@ def test_no_rows_need_no_plan(local_ray, tmp_path):
     )
     stream(empty, uri, [note(tmp_path)])
     assert storage.list_shards(uri) == []
+
+
+def test_shards_that_the_manifest_does_not_list_are_no_data(local_ray, source):
+    storage.write_shard(source, "zz-0", SCHEMA.empty_table())
+    assert [Path(shard).name for shard in plan.shards(source)] == ["a-0.parquet"]
+    assert len(storage.list_shards(source)) == 2
+
+
+class Warn(Note):
+    """Says the same to its log with each batch."""
+
+    def __call__(self, batch):
+        logging.getLogger("ip2p_ray.memory").warning("8 at a time do not fit")
+        yield from super().__call__(batch)
+
+
+def test_what_actors_warn_of_is_told_once_and_their_memory_at_the_end(
+    local_ray, source, tmp_path, caplog
+):
+    step = replace(note(tmp_path), callable=Warn)
+    step = replace(step, resources=replace(step.resources, actors=2))
+    with caplog.at_level(logging.WARNING, logger="ip2p_ray"):
+        peaks = stream(source, str(tmp_path / "out"), [step])
+    assert caplog.messages == ["out: 8 at a time do not fit"]
+    assert list(peaks) == ["driver", "object store", "Warn"]
+    assert min(peaks["driver"], peaks["Warn"]) > 50e6

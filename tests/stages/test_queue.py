@@ -95,3 +95,14 @@ def test_what_holds_no_triplets_is_named(tmp_path):
     storage.write_manifest(uri, storage.Manifest(dataset="triplets"))
     with pytest.raises(DatasetError, match=r"shard .*t-0.parquet holds no triplets: it lacks"):
         queue.fill_queue(uri, str(tmp_path))
+
+
+def test_a_column_that_is_no_text_is_named(tmp_path):
+    uri = str(tmp_path / "triplets")
+    write_triplets(uri, 3)
+    table = storage.read_dataset(uri, TRIPLETS)
+    place = table.column_names.index("writer")
+    numbers = table.set_column(place, "writer", pa.array([1, 2, 3]))
+    storage.write_shard(uri, "triplets-00000", numbers)
+    with pytest.raises(DatasetError, match="holds no triplets: its column writer is int64"):
+        queue.fill_queue(uri, str(tmp_path))

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -174,6 +175,11 @@ def test_a_folder_is_locked_against_a_second_run(tmp_path):
     [
         (None, 0, ""),
         (ModelError("folder x is broken"), 1, "job: folder x is broken\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/x"),
+            1,
+            "job: /data/x: No space left on device; once that is mended the same command goes on\n",
+        ),
         (KeyboardInterrupt(), 130, "job: stopped; the same command goes on from here\n"),
     ],
 )
@@ -186,11 +192,12 @@ def test_a_job_ends_with_a_status_and_a_sentence(capsys, raised, status, told):
     assert capsys.readouterr().err == told
 
 
-def test_a_bug_is_raised_and_not_told():
+@pytest.mark.parametrize("bug", [ZeroDivisionError, FileNotFoundError(errno.ENOENT, "no", "f")])
+def test_a_bug_is_raised_and_not_told(bug):
     def work():
-        raise ZeroDivisionError
+        raise bug
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(bug if isinstance(bug, type) else type(bug)):
         run.guarded("job", work)
 
 
