@@ -26,6 +26,7 @@ from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, Ip2pError
 from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.latents import LatentDataset, encode_instructions, encode_pairs
+from ip2p_ray.memory import held_bytes
 from ip2p_ray.schema import LATENTS
 from ip2p_ray.testing import stable_diffusion_1_5
 from ip2p_ray.training.feed import Feed, read_batch
@@ -324,7 +325,7 @@ def _ranks(job: TrainingBenchmark, scene: Scene, folder: Path) -> dict[str, Any]
 
 
 def _weights(model: StableDiffusion) -> int:
-    return measure.weight_bytes(model.unet, model.vae, model.text_encoder)
+    return held_bytes(model.unet, model.vae, model.text_encoder)
 
 
 def _state_bytes(state: TrainState) -> int:

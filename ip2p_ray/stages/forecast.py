@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -138,11 +138,11 @@ def forecast_of(triplets: str, folder: str, config: PairConfig, making: Making) 
     # where each generator judges, judging comes on top
     judges = making.judges or replace(generators, batch_size=making.holding.batch_size)
     requests = _requests(storage.join(folder, "queue"), config, making.holding.batch_size)
-    made: Measured = _in_task(
+    made: Measured = run.in_task(
         generators, _measure_generator, making.generator, making.holding, requests, config
     )
     device = "cuda" if judges.gpus else "cpu"
-    judged: float = _in_task(
+    judged: float = run.in_task(
         judges, _measure_judge, making.judge, device, made.source, made.edited, requests
     )
     stored = [
@@ -177,8 +177,8 @@ def fingerprints(making: Making) -> dict[str, str]:
     """
     anywhere = run.Resources(cpus=plan.TASK_CPUS)
     return {
-        "generator": _in_task(anywhere, _generator_fingerprint, making.generator),
-        "judge": _in_task(anywhere, _judge_fingerprint, making.judge),
+        "generator": run.in_task(anywhere, _generator_fingerprint, making.generator),
+        "judge": run.in_task(anywhere, _judge_fingerprint, making.judge),
     }
 
 
@@ -203,15 +203,6 @@ def _requests(queue: str, config: PairConfig, count: int) -> list[CandidateReque
         )
     ]
     return (requests * count)[:count]
-
-
-def _in_task(resources: run.Resources, work: Any, *arguments: Any) -> Any:
-    """What the function returns, run where an actor of such resources would be."""
-    task: Any = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(work)
-    try:
-        return ray.get(task.remote(*arguments))
-    except ray.exceptions.RayTaskError as error:
-        raise run.own_error(error) or error from None
 
 
 def _measure_generator(

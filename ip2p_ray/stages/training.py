@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 import ray.train
 import torch
@@ -27,6 +26,7 @@ from ip2p_ray.checkpoint import latest_checkpoint
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.editor import EditSettings
 from ip2p_ray.errors import ConfigError, StageError
+from ip2p_ray.memory import free_bytes, held_bytes
 from ip2p_ray.mirror import fetch_newest
 from ip2p_ray.report import Report, size
 from ip2p_ray.stages import run
@@ -176,26 +176,19 @@ def _survey(
     else:
         _, *sides = source.open(model).shape
         latent = sides[0], sides[1]
-    frozen = sum(
-        tensor.numel() * tensor.element_size()
-        for network in (model.vae, model.text_encoder)
-        for tensor in (*network.parameters(), *network.buffers())
-    )
     plan = memory_plan(
         model.unet,
         config,
         latent=latent,
         text=(model.text_length, int(model.unet.config["cross_attention_dim"])),
         micro_batch=micro_batch,
-        frozen=frozen,
+        frozen=held_bytes(model.vae, model.text_encoder),
         workers=resources.most_actors or resources.actors,
         device="cuda" if resources.gpus else "cpu",
     )
-    if resources.gpus:
-        free, name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-    else:
-        free, name = psutil.virtual_memory().available, "this machine"
-    return Survey(fingerprint=model.fingerprint(), memory=plan, free=int(free), device=name)
+    name = torch.cuda.get_device_name() if resources.gpus else "this machine"
+    free = free_bytes("cuda" if resources.gpus else "cpu")
+    return Survey(fingerprint=model.fingerprint(), memory=plan, free=free, device=name)
 
 
 def sharing_workers(resources: run.Resources) -> int:
