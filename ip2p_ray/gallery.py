@@ -263,10 +263,12 @@ def plot(
     width: int = 560,
     height: int = 320,
     legend: bool = True,
+    ticks: int = 4,
 ) -> Markup:
     """Lines through the points of each series as an inline SVG; empty where there is no point.
 
-    Without `legend` the names are told elsewhere, in the order of COLOURS.
+    Without `legend` the names are told elsewhere, in the order of COLOURS. Each axis has at least
+    so many `ticks`.
     """
     points = [point for line in series for point in line.points]
     if not points:
@@ -274,7 +276,7 @@ def plot(
     spans = [span for line in series for span in line.spans]
     points += [(x, y) for across, up in spans for x, y in zip(across, up, strict=True)]
     left, right, top, bottom = 62, 16, 28 if legend else 16, 46
-    x_ticks, y_ticks = _ticks([x for x, _ in points]), _ticks([y for _, y in points])
+    x_ticks, y_ticks = (_ticks(values, ticks) for values in zip(*points, strict=True))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -329,12 +331,12 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
-    """About five round numbers whose range holds all values."""
+def _ticks(values: Sequence[float], least: int = 4) -> list[float]:
+    """Some more than `least` round numbers whose range holds all values."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    raw = (high - low) / 4
+    raw = (high - low) / least
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw)
     first = math.floor(low / step)

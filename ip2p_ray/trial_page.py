@@ -60,6 +60,9 @@ GROUPS = {
 }
 """The tables of the page, with their columns."""
 
+APART = (COPY, ANOTHER)
+"""Told beside the plot, for they lie far from all others."""
+
 THUMBNAIL = 256
 """Pixels of the longer side of a shown picture, at most."""
 
@@ -97,7 +100,7 @@ def trials_page(
     `facts` are the conditions by name, `settings` what each answerer's table row was made with,
     `order` says what "worst" means, and `skipped` are sentences about what was not measured.
     """
-    lines = _lines(curves)
+    lines = _lines({name: points for name, points in curves.items() if name not in APART})
     return template(TEMPLATE).render(
         title=title,
         facts=facts,
@@ -116,9 +119,11 @@ def trials_page(
             x_label="image similarity: the picture is kept",
             y_label="direction similarity: the edit is made",
             width=760,
-            height=460,
+            height=480,
             legend=False,
+            ticks=6,
         ),
+        apart={LABELS[name]: points[0][0] for name, points in curves.items() if name in APART},
         legend=[
             (line.name, told, COLOURS[number % len(COLOURS)])
             for number, (line, told) in enumerate(lines)

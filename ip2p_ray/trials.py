@@ -39,7 +39,7 @@ MEASURES: dict[str, str] = {
     "truth_dino": "with the true picture (DINO)",
     "source_l1": "mean absolute difference to the input, on [0, 1]",
     "source_dino": "with the input (DINO)",
-    "correct": "forced choice: nearest to the true picture among all edits of the scene",
+    "correct": "nearest to the true picture among all edits of the scene and the scene itself",
     "preservation_error": "mean absolute error where nothing had to change, on [0, 1]",
 }
 """What is measured of an answer; null where the task lacks what it takes."""
