@@ -131,6 +131,8 @@ def inverted(
     levels = model.schedule.sigmas(steps, spacing=spacing)[:-1].flip(0).to(model.device)
     x = _latents(model, pictures)
     text = model.encode_text(list(captions))
+    # from no noise to the lowest level there is a step too, taken with what is seen at that level
+    x = 2 * x - model.denoise(x, levels[0].expand(x.shape[0]), text)
     for level, following in itertools.pairwise(levels):
         sigma = level.expand(x.shape[0])
         denoised = model.denoise(x, sigma, text)

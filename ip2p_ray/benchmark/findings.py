@@ -289,7 +289,7 @@ def _make(
 
 
 def _scores_file(arm: Arm, seed: int, out: Path, config: FindingsConfig) -> Path:
-    return out / f"{arm.name}-{seed}" / f"scores-{recipe(config)}.json"
+    return out / f"{arm.name}-{seed}" / f"scores-{recipe(replace(config, seeds=()))}.json"
 
 
 def score(
