@@ -1,5 +1,7 @@
 """The paper's ablations on the miniature: what filtering, more pairs, and dropout buy an editor.
 
+jobs/measure_findings.py runs it.
+
 Every arm trains editors on another choice from one pool of candidates, all with the same steps,
 batch and seeds, and the oracle scores them on the same held-out scenes. Source: paper section 4.2
 and appendix A (ablations of the data and of conditioning dropout).
@@ -31,15 +33,20 @@ from ip2p_ray.checkpoint import export_editor
 from ip2p_ray.clip import Clip
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError
-from ip2p_ray.filtering import select
+from ip2p_ray.filtering import Thresholds, select
+from ip2p_ray.generator import GeneratorWeights
 from ip2p_ray.images import decode_image
 from ip2p_ray.intervals import BootstrapConfig, Estimate, difference, estimate
 from ip2p_ray.latents import LatentDataset, encode_pairs
 from ip2p_ray.measures import Measurer, Shown
 from ip2p_ray.miniature import scores
-from ip2p_ray.presets import Preset
+from ip2p_ray.presets import Preset, fingerprints
 from ip2p_ray.schema import LATENTS, PAIRS, recipe
+from ip2p_ray.stages.captions import collect_captions
+from ip2p_ray.stages.pairs import Making, generate_pairs
+from ip2p_ray.stages.run import Resources
 from ip2p_ray.stages.trial_tasks import DRAWN, TaskSource, task_rows
+from ip2p_ray.stages.triplets import TripletConfig, write_triplets
 from ip2p_ray.training.loop import start, train
 from ip2p_ray.trials import TrialConfig
 
@@ -97,6 +104,36 @@ class FindingsConfig:
             text_guidance_scales=self.text_guidance_scales,
             image_guidance_scales=self.image_guidance_scales,
         )
+
+
+def make_pool(folder: str, preset: Preset, *, captions: int, candidates: int, workers: int) -> str:
+    """The pairs dataset `<folder>/pairs` in which every candidate is kept; needs a Ray."""
+    everything = Thresholds(text=-1.0, image=-1.0, direction=-1.0)
+    config = replace(preset.pairs, candidates=candidates, keep=candidates, thresholds=everything)
+    if preset.writer is None:
+        raise ConfigError(f"preset {preset.name} has no local writer")
+    models = fingerprints(preset)
+    collect_captions(
+        scores.random_captions(captions, 0),
+        f"{folder}/captions",
+        config={"source": "miniature", "count": captions, "seed": 0},
+    )
+    write_triplets(
+        f"{folder}/captions",
+        folder,
+        TripletConfig(seed=0),
+        writer=preset.writer,
+        judge=preset.judge,
+        models=models,
+        resources=Resources(actors=1, batch_size=16),
+    )
+    making = Making(
+        generator=GeneratorWeights(source=preset.generator),
+        judge=preset.judge,
+        generators=Resources(actors=workers, batch_size=8),
+    )
+    generate_pairs(f"{folder}/triplets", folder, config, making, models=models)
+    return f"{folder}/pairs"
 
 
 def measure_findings(
@@ -209,8 +246,9 @@ def _told(value: Estimate | None) -> dict[str, Any] | None:
 
 def _encode_pool(pool: str, out: Path, preset: Preset) -> pa.Table:
     """The train split's candidates with their latents and similarities, sorted by key."""
-    least = storage.read_manifest(pool).config.get("thresholds", {})
-    if any(value > -1 for value in least.values()):
+    thresholds = storage.read_manifest(pool).config.get("thresholds")
+    least = {"thresholds": "unknown"} if thresholds is None else thresholds
+    if thresholds is None or any(value > -1 for value in thresholds.values()):
         raise ConfigError(f"{pool} was filtered: its thresholds are {dict(least)}, not all -1")
     place = out / "latents.parquet"
     if not place.exists():
