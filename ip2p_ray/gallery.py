@@ -22,7 +22,10 @@ if TYPE_CHECKING:  # these load torch and diffusers, which a page does without
 TEMPLATE = "report.html.jinja"
 TRIPLETS_TEMPLATE = "triplets.html.jinja"
 PAIRS_TEMPLATE = "pairs.html.jinja"
-COLOURS = ("#2f6fde", "#c8553d", "#3a8f5c", "#8a5cc2")
+COLOURS = (
+    *("#2f6fde", "#c8553d", "#3a8f5c", "#8a5cc2"),
+    *("#b0812a", "#2a93a3", "#c24f8d", "#7a8494"),
+)
 """Of the series of a plot; legible on white and on black."""
 
 ANSWERERS = {
@@ -94,6 +97,8 @@ class Series:
     points: Sequence[tuple[float, float]]
     labels: Sequence[str] = ()
     """Written at the points, where given."""
+    spans: Sequence[tuple[tuple[float, float], tuple[float, float]]] = ()
+    """Intervals of x and of y at the points, where given."""
 
 
 def page(
@@ -107,7 +112,7 @@ def page(
     command: str,
 ) -> str:
     """The page's text. `metrics` is what metrics.json holds; `command` is what to type next."""
-    return _template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         title=title,
         metrics=metrics,
         scored={label: metrics[name] for name, label in ANSWERERS.items() if name in metrics},
@@ -134,7 +139,7 @@ def triplets_page(report: Report, quality: Quality, *, writer: str) -> str:
     """What became of a writer's replies, and what its triplets are like."""
     names = {"caption": "the caption", "instruction": "the instruction"}
     names["edited_caption"] = "the edited caption"
-    return _template(TRIPLETS_TEMPLATE).render(
+    return template(TRIPLETS_TEMPLATE).render(
         report=report.as_dict(),
         quality=quality,
         writer=writer,
@@ -159,7 +164,7 @@ def pairs_page(
     and `galleries` are by title and note.
     """
     least = config.thresholds.least()
-    return _template(PAIRS_TEMPLATE).render(
+    return template(PAIRS_TEMPLATE).render(
         report=report,
         device_seconds=device_seconds,
         config=config,
@@ -235,7 +240,8 @@ def _binned(counts: Mapping[int, int], most: int = 16) -> dict[str, int]:
     return bins
 
 
-def _template(name: str) -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page's template; `picture` makes image bytes a data URI, `duration` seconds a text."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(
             lambda name: resources.files("ip2p_ray").joinpath("templates", name).read_text("utf-8")
@@ -256,13 +262,21 @@ def plot(
     y_label: str,
     width: int = 560,
     height: int = 320,
+    legend: bool = True,
+    ticks: int = 4,
 ) -> Markup:
-    """Lines through the points of each series as an inline SVG; empty where there is no point."""
+    """Lines through the points of each series as an inline SVG; empty where there is no point.
+
+    Without `legend` the names are told elsewhere, in the order of COLOURS. Each axis has at least
+    so many `ticks`.
+    """
     points = [point for line in series for point in line.points]
     if not points:
         return Markup("")
-    left, right, top, bottom = 62, 16, 28, 46
-    x_ticks, y_ticks = _ticks([x for x, _ in points]), _ticks([y for _, y in points])
+    spans = [span for line in series for span in line.spans]
+    points += [(x, y) for across, up in spans for x, y in zip(across, up, strict=True)]
+    left, right, top, bottom = 62, 16, 28 if legend else 16, 46
+    x_ticks, y_ticks = (_ticks(values, ticks) for values in zip(*points, strict=True))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -286,11 +300,15 @@ def plot(
     turned = f'transform="translate(14 {middle}) rotate(-90)" text-anchor="middle"'
     parts.append(f"<text {turned}>{y_label}</text>")
     for number, line in enumerate(series):
-        parts += _drawn(line, [place(*point) for point in line.points], COLOURS[number % 4])
-        parts.append(
-            f'<text x="{left + 130 * number}" y="16" style="fill:{COLOURS[number % 4]}">'
-            f"{line.name}</text>"
-        )
+        colour = COLOURS[number % len(COLOURS)]
+        for (x, y), (across, up) in zip(line.points, line.spans, strict=False):
+            for start, end in (((across[0], y), (across[1], y)), ((x, up[0]), (x, up[1]))):
+                parts.append(_line(place(*start), place(*end), colour))
+        parts += _drawn(line, [place(*point) for point in line.points], colour)
+        if legend:
+            parts.append(
+                f'<text x="{left + 130 * number}" y="16" style="fill:{colour}">{line.name}</text>'
+            )
     return Markup("".join([*parts, "</svg>"]))
 
 
@@ -304,20 +322,21 @@ def _drawn(line: Series, places: Sequence[tuple[float, float]], colour: str) -> 
     return parts
 
 
-def _line(start: tuple[float, float], end: tuple[float, float]) -> str:
-    return f'<line x1="{start[0]}" y1="{start[1]}" x2="{end[0]}" y2="{end[1]}"/>'
+def _line(start: tuple[float, float], end: tuple[float, float], colour: str = "") -> str:
+    style = f' style="stroke:{colour};stroke-opacity:0.35"' if colour else ""
+    return f'<line x1="{start[0]}" y1="{start[1]}" x2="{end[0]}" y2="{end[1]}"{style}/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
-    """About five round numbers whose range holds all values."""
+def _ticks(values: Sequence[float], least: int = 4) -> list[float]:
+    """Some more than `least` round numbers whose range holds all values."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    raw = (high - low) / 4
+    raw = (high - low) / least
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw)
     first = math.floor(low / step)

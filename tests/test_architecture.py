@@ -15,16 +15,19 @@ ROOT = Path(__file__).parent.parent
 LINES = (
     {
         *("schema", "errors", "images", "report", "atomic", "command", "settings"),
-        *("files", "distinct", "places", "language", "memory"),
+        *("files", "distinct", "places", "language", "memory", "intervals"),
     },
-    {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip"},
+    {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip", "dino"},
     {
         *("candidates", "pairs", "generator", "filtering", "search"),
         *("mapped", "latents", "pictures", "training", "checkpoint"),
-        *("rules", "layouts", "own_pairs", "export"),
+        *("rules", "layouts", "edit_sets", "own_pairs", "export"),
     },
     # presets gathers the configs of the lines above; nothing above reads it
-    {"editor", "evaluation", "gallery", "miniature", "presets", "previews", "card"},
+    {
+        *("editor", "evaluation", "gallery", "miniature", "presets", "previews", "card"),
+        *("trials", "answerers", "baselines", "measures", "trial_page"),
+    },
     {"storage", "objects", "lease", "mirror"},
     {"stages"},
     {"benchmark"},

@@ -60,7 +60,7 @@ def test_the_flags_are_those_that_were_promised():
     done = run_job("--help")
     assert done.returncode == 0
     told = done.stdout.partition("options")[2]
-    found = set(re.findall(r"^│ (--[a-z0-9-]+)", told, re.MULTILINE))
+    found = set(re.findall(r"^\u2502 (--[a-z0-9-]+)", told, re.MULTILINE))
     found |= set(re.findall(r", (--no-[a-z-]+)", told))
     assert found == FLAGS
 

@@ -1,0 +1,314 @@
+"""tasks -> answers -> measures: the baselines, then each editor, then the judges, a plan each.
+
+    <folder>/tasks              what is asked; `stages.trial_tasks`
+    <folder>/answers/<digest>   a row a task, the pictures of an editor or of all baselines in it
+    <folder>/measured/<digest>  a row a task and answerer, the measures of its pictures in it
+    <folder>/scores.parquet     all of them, a row an answer
+    <folder>/metrics.json, report.html
+
+<digest> is that of all that makes the dataset, so another editor, another judge or other scales
+are made beside what is there, and pictures that two commands have in common are made once. The last
+three files are of the last command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ip2p_ray import storage
+from ip2p_ray.answerers import Answerer, EditorAnswerer, GeneratorAnswerer
+from ip2p_ray.clip import Clip
+from ip2p_ray.dino import Dino
+from ip2p_ray.errors import ConfigError
+from ip2p_ray.generator import DTypeName, GeneratorWeights
+from ip2p_ray.images import decode_image
+from ip2p_ray.measures import Measurer, Shown
+from ip2p_ray.miniature import scores
+from ip2p_ray.pairs import PairConfig
+from ip2p_ray.presets import folder_fingerprint
+from ip2p_ray.report import Report
+from ip2p_ray.stages import plan, run
+from ip2p_ray.stages.trial_tasks import TaskSource, make_tasks
+from ip2p_ray.trials import (
+    ANSWERED,
+    MEASURED,
+    PICTURE_OF,
+    SCORED,
+    Setting,
+    TrialConfig,
+    answer_key,
+    flat,
+)
+
+SCORES = "scores"
+GENERATOR = "baselines"
+"""What the answerer is called that makes all baselines of a generator."""
+
+_OF_BASELINES = ("strengths", "self_replaces")
+_OF_SAMPLING = (*("resolution", "steps", "sampler", "spacing", "guidance_scale", "cross_replace"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """Who measures."""
+
+    clip: str
+    """Folder or open_clip name."""
+    dino: str | None = None
+    """transformers folder of a DINO, or None for no measure of it."""
+    device: str = "cpu"
+
+
+class AnswerTasks:
+    """An actor of the plan: rows of TASKS in, rows of ANSWERED out."""
+
+    def __init__(self, answerer: Answerer, digest: str, device: str, batch_size: int) -> None:
+        self._answering, self._digest = answerer.load(device, batch_size), digest
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """The batch with the answers of each task."""
+        tasks = batch.to_pylist()
+        rows = [
+            {
+                **task,
+                "answers": answers,
+                "answerer": self._digest,
+                "answer_key": answer_key(task["task_key"], self._digest),
+            }
+            for task, answers in zip(tasks, self._answering.answer(tasks), strict=True)
+        ]
+        return pa.Table.from_pylist(rows, schema=ANSWERED)
+
+
+class MeasureAnswers:
+    """An actor of the plan: rows of ANSWERED in, rows of MEASURED out.
+
+    Rows of the answerer `baselines` are also those of the baselines that need no model.
+    """
+
+    def __init__(
+        self, judges: Judges, baselines: str, drawn: tuple[int, int] | None = None
+    ) -> None:
+        dino = Dino.load(judges.dino, judges.device) if judges.dino else None
+        self._measurer = Measurer(Clip.load(judges.clip, judges.device), dino)
+        self._baselines = baselines
+        self._drawn = scores.edit_tasks(*drawn) if drawn else None
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """A table for each row of the batch."""
+        for row in batch.to_pylist():
+            if row["answerer"] == self._baselines:
+                row["answers"] += [
+                    {"kind": kind, **asdict(Setting()), "picture": row[name], "own_source": None}
+                    for kind, name in PICTURE_OF.items()
+                    if row[name] is not None
+                ]
+            yield pa.Table.from_pylist([self._measured(row)], schema=MEASURED)
+
+    def _measured(self, task: dict[str, Any]) -> dict[str, Any]:
+        shown = [
+            Shown(
+                decode_image(answer["picture"]["bytes"]),
+                decode_image(answer["own_source"]["bytes"]) if answer["own_source"] else None,
+            )
+            for answer in task["answers"]
+        ]
+        drawn = None if self._drawn is None else [self._drawn[task["number"]]]
+        (found,) = self._measurer.measure([task], [shown], drawn)
+        kept = ("kind", *vars(Setting()))
+        answers = [
+            {**{name: answer[name] for name in kept}, **values}
+            for answer, values in zip(task["answers"], found, strict=True)
+        ]
+        return {**{name: task[name] for name in MEASURED.names[:-1]}, "answers": answers}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """Who answers, who judges, and with which machines."""
+
+    editors: Mapping[str, str]
+    """Folder or hub id of each editor, by what it is called; the first is compared with."""
+    generator: GeneratorWeights
+    """Of the baselines."""
+    pairs: PairConfig
+    """How the generator is sampled."""
+    judges: Judges
+    trials: TrialConfig
+    steps: int | None = None
+    """Of an editor's sampler; None is each editor's own."""
+    dtype: DTypeName = "float32"
+    """Of the editors."""
+    answering: run.Resources = field(default_factory=run.Resources)
+    """Actors that make pictures; `batch_size` is that of pictures."""
+    judging: run.Resources = field(default_factory=run.Resources)
+    """Actors that measure."""
+    tasks_at_a_time: int = 4
+    """Tasks that an actor takes, and that a kill can cost it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a contest made."""
+
+    rows: list[dict[str, Any]]
+    """Of SCORED, sorted by answerer and task."""
+    tasks: storage.Manifest
+    answers: Mapping[str, str]
+    """The dataset of each editor's pictures by what it is called, and of the BASELINES'."""
+    models: Mapping[str, str]
+    """Fingerprints, by what each is called."""
+
+
+def run_contest(source: TaskSource, folder: str, contest: Contest) -> Made:
+    """Everything up to `<folder>/scores.parquet`; what is there is not made again.
+
+    Raises:
+        Ip2pError: a model or the data cannot be used; says which.
+    """
+    tasks = make_tasks(source, folder)
+    models = _fingerprints(contest)
+    if len({models[name] for name in contest.editors}) != len(contest.editors):
+        raise ConfigError(f"two of the editors are the same: {', '.join(contest.editors)}")
+    origins = {
+        name: run.Origin(
+            dataset=f"answers of {name}",
+            config=_config(answerer, contest.trials),
+            models={"model": models[name]},
+            sources={"tasks": tasks.recipe},
+        )
+        for name, answerer in _answerers(contest).items()
+    }
+    places = {
+        name: storage.join(folder, "answers", origin.digest) for name, origin in origins.items()
+    }
+    for name, answerer in _answerers(contest).items():
+        _answer(places[name], folder, origins[name], answerer, contest)
+    digests = {name: origin.digest for name, origin in origins.items()}
+    measured = run.Origin(
+        dataset="measures",
+        config={"baselines": digests[GENERATOR]},
+        models={role: models[role] for role in ("judge", "dino") if role in models},
+        sources={digest: digest for digest in sorted(digests.values())},
+    )
+    place = storage.join(folder, "measured", measured.digest)
+    _measure(place, list(places.values()), measured, source, contest)
+    found = storage.read_dataset(place, MEASURED).to_pylist()
+    rows = flat(found, {digests[name]: name for name in contest.editors})
+    storage.write_shard(folder, SCORES, pa.Table.from_pylist(rows, schema=SCORED))
+    return Made(rows=rows, tasks=tasks, answers=places, models=models)
+
+
+def _answerers(contest: Contest) -> dict[str, Answerer]:
+    """All that need a model, by name."""
+    generator = GeneratorAnswerer(
+        weights=contest.generator, pairs=contest.pairs, trials=contest.trials
+    )
+    return {
+        GENERATOR: generator,
+        **{
+            name: EditorAnswerer(
+                source=editor, trials=contest.trials, steps=contest.steps, dtype=contest.dtype
+            )
+            for name, editor in contest.editors.items()
+        },
+    }
+
+
+def _config(answerer: Answerer, trials: TrialConfig) -> dict[str, Any]:
+    """What of an answerer changes its pictures, beside its model."""
+    settings = asdict(trials)
+    if isinstance(answerer, EditorAnswerer):
+        used = {name: settings[name] for name in settings if name not in _OF_BASELINES}
+        return {**used, "steps": answerer.steps, "dtype": answerer.dtype}
+    assert isinstance(answerer, GeneratorAnswerer)
+    pairs = asdict(answerer.pairs)
+    return {
+        **{name: settings[name] for name in ("curve_tasks", "seed", *_OF_BASELINES)},
+        **{name: pairs[name] for name in _OF_SAMPLING},
+        "dtype": answerer.weights.dtype,
+    }
+
+
+def _fingerprints(contest: Contest) -> dict[str, str]:
+    found = {name: _fingerprint(editor) for name, editor in contest.editors.items()}
+    weights = contest.generator
+    found[GENERATOR] = _fingerprint(weights.source)
+    if weights.vae is not None:
+        found[GENERATOR] += _fingerprint(weights.vae)
+    found["judge"] = Clip.load(contest.judges.clip).fingerprint()
+    if contest.judges.dino is not None:
+        Dino.load(contest.judges.dino)  # told now, not after hours
+        found["dino"] = _fingerprint(contest.judges.dino)
+    return found
+
+
+def _fingerprint(source: str) -> str:
+    """Of a local folder its content's; a hub id stands for itself."""
+    return folder_fingerprint(Path(source)) if Path(source).is_dir() else source
+
+
+def _answer(
+    uri: str, folder: str, origin: run.Origin, answerer: Answerer, contest: Contest
+) -> None:
+    held = contest.answering
+    step = plan.Step(
+        callable=AnswerTasks,
+        arguments={
+            "answerer": answerer,
+            "digest": origin.digest,
+            "device": "cuda" if held.gpus else "cpu",
+            "batch_size": held.batch_size,
+        },
+        resources=replace(held, batch_size=contest.tasks_at_a_time),
+    )
+
+    def build() -> list[Report]:
+        plan.stream(
+            plan.shards(storage.join(folder, "tasks")),
+            uri,
+            name=origin.dataset,
+            key="task_key",
+            schema=ANSWERED,
+            steps=[step],
+            unit="tasks",
+            rows_per_block=contest.tasks_at_a_time,
+            patient=True,
+        )
+        return []
+
+    run.make(uri, origin, build)
+
+
+def _measure(
+    uri: str, answers: Sequence[str], origin: run.Origin, source: TaskSource, contest: Contest
+) -> None:
+    step = plan.Step(
+        callable=MeasureAnswers,
+        arguments={
+            "judges": contest.judges,
+            "baselines": origin.config["baselines"],
+            "drawn": source.drawn,
+        },
+        resources=replace(contest.judging, batch_size=contest.tasks_at_a_time),
+    )
+
+    def build() -> list[Report]:
+        plan.stream(
+            [shard for place in answers for shard in plan.shards(place)],
+            uri,
+            name=origin.dataset,
+            key="answer_key",
+            schema=MEASURED,
+            steps=[step],
+            unit="tasks and answerers",
+            rows_per_block=4 * contest.tasks_at_a_time,
+        )
+        return []
+
+    run.make(uri, origin, build)
