@@ -63,7 +63,11 @@ def open_sinks(
 class _TensorBoard:
     def __init__(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
         writer = import_module("tensorboardX").SummaryWriter
-        self._writer = writer(logdir=str(folder / "tensorboard"), purge_step=step + 1)
+        self._writer = writer(
+            logdir=str(folder / "tensorboard"),
+            purge_step=step + 1,
+            filename_suffix=f".{step}",  # else a file of the same second is written over
+        )
         if not step:
             self._writer.add_text("config", str(dict(config)), 0)
 

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+
+from ip2p_ray import objects
+from ip2p_ray.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ip2p_ray.errors import StorageError
+from ip2p_ray.mirror import fetch_newest, upload_checkpoint, upload_file
+from tests.test_checkpoint import contents, new_state
+
+NOTES = "metrics.jsonl"
+
+
+def saved(folder: Path, step: int) -> Path:
+    return save_checkpoint(folder, new_state(step), keep=None)
+
+
+def names(uri: str) -> set[str]:
+    return {found.name.split("/")[0] for found in objects.listing(uri)}
+
+
+def test_a_checkpoint_comes_back_where_there_is_none(bucket: str, tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    uri = f"{bucket}/run"
+    upload_checkpoint(saved(here, 3), uri, keep=2)
+    (here / NOTES).write_text('{"step": 3}\n')
+    upload_file(here / NOTES, uri)
+    assert fetch_newest(uri, there, beside=NOTES) == there / "step-00000003"
+    found = new_state()
+    load_checkpoint(latest_checkpoint(there), found)
+    assert contents(found) == contents(new_state(3))
+    assert (there / NOTES).read_text() == '{"step": 3}\n'
+
+
+def test_what_is_here_is_not_replaced_by_what_is_older(bucket: str, tmp_path: Path) -> None:
+    upload_checkpoint(saved(tmp_path / "old", 3), bucket, keep=2)
+    saved(tmp_path / "new", 4)
+    assert fetch_newest(bucket, tmp_path / "new", beside=NOTES) is None
+    assert fetch_newest(bucket, tmp_path / "old", beside=NOTES) is None
+    assert fetch_newest(f"{bucket}/empty", tmp_path / "none", beside=NOTES) is None
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_the_newest_are_kept(bucket: str, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        upload_checkpoint(saved(tmp_path, step), bucket, keep=2)
+    assert names(bucket) == {"step-00000002", "step-00000003"}
+    upload_checkpoint(tmp_path / "step-00000001", bucket, keep=None)
+    assert names(bucket) == {"step-00000001", "step-00000002", "step-00000003"}
+
+
+def test_half_an_upload_is_no_checkpoint_and_costs_none(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_checkpoint(saved(tmp_path / "here", 1), bucket, keep=1)
+    write, written = objects.write_file, []
+
+    def refuses(uri: str, path: Path) -> None:
+        if len(written) == 2:
+            raise StorageError("SlowDown")
+        written.append(uri)
+        write(uri, path)
+
+    second = saved(tmp_path / "here", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(objects, "write_file", refuses)
+        with pytest.raises(StorageError, match="SlowDown"):
+            upload_checkpoint(second, bucket, keep=1)
+    assert names(bucket) == {"step-00000001", "step-00000002"}
+    assert fetch_newest(bucket, tmp_path / "there", beside=NOTES).name == "step-00000001"
+    upload_checkpoint(second, bucket, keep=1)
+    assert fetch_newest(bucket, tmp_path / "there", beside=NOTES).name == "step-00000002"
+    assert names(bucket) == {"step-00000002"}
+
+
+def test_a_fetch_that_breaks_off_leaves_no_checkpoint(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_checkpoint(saved(tmp_path / "here", 1), bucket, keep=1)
+    read = objects.read_file
+
+    def breaks(uri: str, path: Path) -> None:
+        if uri.endswith("optimizer.safetensors"):
+            raise StorageError("the connection ended")
+        read(uri, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(objects, "read_file", breaks)
+        with pytest.raises(StorageError, match="the connection ended"):
+            fetch_newest(bucket, tmp_path / "there", beside=NOTES)
+    assert latest_checkpoint(tmp_path / "there") is None
+    assert fetch_newest(bucket, tmp_path / "there", beside=NOTES) is not None
