@@ -50,6 +50,10 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 """How often training is begun without having got any further, when workers or nodes are lost."""
 
+RESIZE_EVERY_S = 60.0
+"""How often an elastic run looks whether nodes have joined; its workers are then begun anew, at the
+newest checkpoint."""
+
 
 def train_editor(
     source: str | Source,
@@ -259,8 +263,12 @@ def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -
     scratch = Path(told.checkpoints) / ".ray"
     worker = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
     most = resources.most_actors or resources.actors
-    # a range is what elastic training takes, though it is not annotated
-    count: Any = most if most == resources.actors else (resources.actors, most)
+    scaling: dict[str, Any] = {"num_workers": most}
+    if most > resources.actors:
+        scaling = {
+            "num_workers": (resources.actors, most),
+            "elastic_resize_monitor_interval_s": RESIZE_EVERY_S,
+        }
     if most > told.config.batch_size:
         raise ConfigError(
             f"{most} workers cannot share a batch of {told.config.batch_size} samples"
@@ -272,9 +280,9 @@ def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -
             train_on_worker,
             train_loop_config={"told": told, "board": board},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=count,
                 use_gpu=resources.gpus > 0,
                 resources_per_worker=worker,
+                **scaling,
             ),
             run_config=ray.train.RunConfig(name="editor", storage_path=str(scratch)),
             torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),

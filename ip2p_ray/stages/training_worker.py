@@ -234,7 +234,8 @@ class _Watch:
         if carried.due(carried.sample_every, metrics.step, steps):
             self._preview(metrics.step)
         if carried.logs(metrics.step, steps) or noted:
-            noted = {**asdict(metrics), "loss": fmean(self.losses), **self._speed(), **noted}
+            known = {**asdict(metrics), "loss": fmean(self.losses), "workers": self.world_size}
+            noted = {**known, **self._speed(), **noted}
             if carried.logs(metrics.step, steps):
                 self.losses.clear()
             note(self.told.checkpoints, noted)
