@@ -174,6 +174,7 @@ def pairs_page(
             [Series("accepted", shares)],
             x_label="self_replace: the fraction of steps that take the source's attention",
             y_label="share of candidates that pass",
+            from_zero=True,
         ),
         galleries=galleries,
     )
@@ -264,17 +265,20 @@ def plot(
     height: int = 320,
     legend: bool = True,
     ticks: int = 4,
+    from_zero: bool = False,
 ) -> Markup:
     """Lines through the points of each series as an inline SVG; empty where there is no point.
 
     Without `legend` the names are told elsewhere, in the order of COLOURS. Each axis has at least
-    so many `ticks`.
+    so many `ticks`. With `from_zero` y begins at 0, for what is never below.
     """
     points = [point for line in series for point in line.points]
     if not points:
         return Markup("")
     spans = [span for line in series for span in line.spans]
     points += [(x, y) for across, up in spans for x, y in zip(across, up, strict=True)]
+    if from_zero:
+        points += [(points[0][0], 0.0), (points[0][0], max(y for _, y in points) or 1.0)]
     left, right, top, bottom = 62, 16, 28 if legend else 16, 46
     x_ticks, y_ticks = (_ticks(values, ticks) for values in zip(*points, strict=True))
 

@@ -1,3 +1,4 @@
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -102,6 +103,13 @@ def test_a_plot_lies_within_its_frame():
             assert 0 <= x <= 400
             assert 0 <= y <= 200
     assert {"x", "y", "a", "b", "here"} <= set(drawn.words)
+
+
+@pytest.mark.parametrize(("value", "last"), [(1.0, "1"), (0.0, "1"), (0.02, "0.02")])
+def test_a_share_is_plotted_from_zero_and_not_beyond_what_it_can_be(value, last):
+    drawn = str(plot([Series("a", [(0.1, value)])], x_label="x", y_label="y", from_zero=True))
+    ticks = re.findall(r'text-anchor="end">([^<]*)<', drawn)
+    assert (ticks[0], ticks[-1]) == ("0", last)
 
 
 def test_one_point_and_no_point_can_be_plotted():
