@@ -220,7 +220,7 @@ def plan_of(
     """
     _require_pairs(pairs)
     sources = _sources(pairs, encoding)
-    shard = next(source for source in sources if storage.count_rows(source))
+    shard = max(sources, key=storage.count_rows)  # a full batch, whose pictures may differ in size
     with pq.ParquetFile(storage.opened(shard)) as file:
         first = pa.Table.from_batches([next(file.iter_batches(resources.batch_size))])
     seconds, row_bytes, shape = run.in_task(

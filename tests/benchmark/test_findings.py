@@ -94,7 +94,8 @@ def test_arms_choose_what_they_say(preset):
 def test_the_whole_measurement_goes_on_where_it_was(preset, tmp_path):
     write_pool(str(tmp_path / "pairs"), pool_rows(preset))
     found = measure_findings(str(tmp_path / "pairs"), tmp_path / "out", CONFIG, preset)
-    assert json.loads((tmp_path / "out" / "findings.json").read_text()) == found
+    told = json.loads((tmp_path / "out" / "findings.json").read_text())
+    assert told == json.loads(json.dumps(found))  # tuples are lists there
     assert list(found["arms"]) == [arm.name for arm in ARMS]
     assert found["arms"]["filtered"]["pairs"] == {"pairs": 19, "triplets": 19}
     assert found["arms"]["random"]["correct"]["count"] == 2

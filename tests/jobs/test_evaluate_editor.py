@@ -131,7 +131,9 @@ def test_ground_truth_with_turns_and_dino(flags, magic_brush, tmp_path):
         assert found[name]["count"] == 2
     assert "correct" not in found
     assert metrics["table"]["truth"]["truth_dino"]["mean"] == pytest.approx(1.0, abs=1e-5)
-    assert "make" in (tmp_path / "out" / "report.html").read_text("utf-8") or found
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    sessions = json.loads((magic_brush / "edit_sessions.json").read_text())
+    assert all(turn["instruction"] in page for turns in sessions.values() for turn in turns)
 
 
 @pytest.mark.ray
