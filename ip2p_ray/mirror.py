@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def fetch_newest(uri: str, folder: Path, *, beside: str) -> Path | None:
 
     Raises:
         StorageError: object storage refuses, or cannot be reached.
+        DatasetError: a part of it is gone; named.
     """
     whole = _whole(uri)
     here = latest_checkpoint(folder)
@@ -55,8 +57,9 @@ def fetch_newest(uri: str, folder: Path, *, beside: str) -> Path | None:
     newest = whole[-1]
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / newest) as new:
-        for found in objects.listing(join(uri, newest)):
-            objects.read_file(join(uri, newest, found.name), new / found.name)
+        objects.read_file(join(uri, newest, CHECKSUMS), new / CHECKSUMS)
+        for name in json.loads((new / CHECKSUMS).read_bytes()):
+            objects.read_file(join(uri, newest, name), new / name)
     if objects.size(join(uri, beside)) is not None:
         with atomic_file(folder / beside) as file:
             objects.read_file(join(uri, beside), file)

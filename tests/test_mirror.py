@@ -4,8 +4,9 @@ import pytest
 
 from ip2p_ray import objects
 from ip2p_ray.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from ip2p_ray.errors import StorageError
+from ip2p_ray.errors import DatasetError, StorageError
 from ip2p_ray.mirror import fetch_newest, upload_checkpoint, upload_file
+from ip2p_ray.testing.buckets import FaultyWay, WayFaults
 from tests.test_checkpoint import contents, new_state
 
 NOTES = "metrics.jsonl"
@@ -17,6 +18,12 @@ def saved(folder: Path, step: int) -> Path:
 
 def names(uri: str) -> set[str]:
     return {found.name.split("/")[0] for found in objects.listing(uri)}
+
+
+def newest(uri: str, folder: Path) -> str:
+    found = fetch_newest(uri, folder, beside=NOTES)
+    assert found is not None
+    return found.name
 
 
 def test_a_checkpoint_comes_back_where_there_is_none(bucket: str, tmp_path: Path) -> None:
@@ -50,43 +57,32 @@ def test_only_the_newest_are_kept(bucket: str, tmp_path: Path) -> None:
 
 
 def test_half_an_upload_is_no_checkpoint_and_costs_none(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, bucket_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload_checkpoint(saved(tmp_path / "here", 1), bucket, keep=1)
-    write, written = objects.write_file, []
-
-    def refuses(uri: str, path: Path) -> None:
-        if len(written) == 2:
-            raise StorageError("SlowDown")
-        written.append(uri)
-        write(uri, path)
-
     second = saved(tmp_path / "here", 2)
-    with monkeypatch.context() as patched:
-        patched.setattr(objects, "write_file", refuses)
-        with pytest.raises(StorageError, match="SlowDown"):
+    objects.write_file(f"{bucket}/{second.name}/unet.safetensors", second / "unet.safetensors")
+    refused = WayFaults(refusal=(403, "AccessDenied"), methods=("PUT", "POST"))
+    with FaultyWay(bucket_endpoint, refused) as way, monkeypatch.context() as other:
+        other.setenv("AWS_ENDPOINT_URL", way.url)
+        with pytest.raises(StorageError):
             upload_checkpoint(second, bucket, keep=1)
     assert names(bucket) == {"step-00000001", "step-00000002"}
-    assert fetch_newest(bucket, tmp_path / "there", beside=NOTES).name == "step-00000001"
+    assert newest(bucket, tmp_path / "there") == "step-00000001"
     upload_checkpoint(second, bucket, keep=1)
-    assert fetch_newest(bucket, tmp_path / "there", beside=NOTES).name == "step-00000002"
+    assert newest(bucket, tmp_path / "there") == "step-00000002"
     assert names(bucket) == {"step-00000002"}
 
 
-def test_a_fetch_that_breaks_off_leaves_no_checkpoint(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    upload_checkpoint(saved(tmp_path / "here", 1), bucket, keep=1)
-    read = objects.read_file
-
-    def breaks(uri: str, path: Path) -> None:
-        if uri.endswith("optimizer.safetensors"):
-            raise StorageError("the connection ended")
-        read(uri, path)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(objects, "read_file", breaks)
-        with pytest.raises(StorageError, match="the connection ended"):
-            fetch_newest(bucket, tmp_path / "there", beside=NOTES)
+def test_a_fetch_that_breaks_off_leaves_no_checkpoint(bucket: str, tmp_path: Path) -> None:
+    first = saved(tmp_path / "here", 1)
+    upload_checkpoint(first, bucket, keep=1)
+    objects.remove([f"{bucket}/{first.name}/optimizer.safetensors"])
+    (tmp_path / "there").mkdir()
+    with pytest.raises(DatasetError, match=r"optimizer\.safetensors"):
+        fetch_newest(bucket, tmp_path / "there", beside=NOTES)
     assert latest_checkpoint(tmp_path / "there") is None
-    assert fetch_newest(bucket, tmp_path / "there", beside=NOTES) is not None
+    objects.write_file(
+        f"{bucket}/{first.name}/optimizer.safetensors", first / "optimizer.safetensors"
+    )
+    assert newest(bucket, tmp_path / "there") == first.name

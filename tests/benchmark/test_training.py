@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from ip2p_ray.benchmark import training
 from ip2p_ray.benchmark.config import TrainingBenchmark
-from ip2p_ray.benchmark.training import KEYS, compare, table
+from ip2p_ray.benchmark.training import KEYS, _compare, _prepare, compare, table
 from ip2p_ray.errors import ConfigError, Ip2pError
 
 JOB = TrainingBenchmark(batch_size=4, micro_batch=3, pairs=4, steps=1, rounds=2, ranks=2)
@@ -45,17 +44,12 @@ def test_both_ways_take_the_same_first_step(result):
     assert result["loss_difference"] <= result["loss_difference_bound"] == 0.01
 
 
-def test_a_way_that_does_not_drop_conditions_alike_is_found(monkeypatch):
-    """The check is worth something: without dropout in ours alone, the losses are apart."""
-    prepare = training._prepare
-
-    def other(*arguments):
-        scene = prepare(*arguments)
-        return replace(scene, config=replace(scene.config, dropout=1 / 3))
-
-    monkeypatch.setattr(training, "_prepare", other)
+def test_ways_that_do_not_drop_conditions_alike_are_found(tmp_path):
+    job = replace(JOB, ranks=1, batch_size=8, pairs=8)
+    scene = _prepare(job, torch.device("cpu"), tmp_path)
+    other = replace(scene, config=replace(scene.config, dropout=1 / 3))
     with pytest.raises(Ip2pError, match="different losses for the same step"):
-        compare(replace(JOB, ranks=1, batch_size=8, pairs=8))
+        _compare(job, torch.device("cpu"), other)
 
 
 def test_the_table_shows_both_ways(result):
