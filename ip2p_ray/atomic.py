@@ -69,6 +69,16 @@ def remove_folder(path: str | Path) -> None:
         target.rename(place / OLD)
 
 
+def set_aside(folder: str | Path) -> Path:
+    """The folder under its new name, broken-..., in the place of one that is there."""
+    target = Path(folder).with_name(f"broken-{Path(folder).name}")
+    if target.exists():
+        remove_folder(target)
+    Path(folder).rename(target)
+    sync(target.parent)
+    return target
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Settles what killed processes were writing in the folder and below; the living go on."""
     for above, folders, _ in os.walk(folder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ip2p_ray.atomic import atomic_folder, remove_folder, remove_leftovers, sync
+from ip2p_ray.atomic import atomic_folder, remove_folder, remove_leftovers, set_aside, sync
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, ModelError
 from ip2p_ray.training.ema import Ema
@@ -63,6 +64,25 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     root = Path(folder)
     whole = [path for path in _steps(root) if _is_whole(path)] if root.is_dir() else []
     return whole[-1] if whole else None
+
+
+def set_aside_broken(folder: str | Path) -> list[Path]:
+    """Renames the newest checkpoints whose contents differ from their checksums, until one is good.
+
+    A disk that lost bytes then costs the steps since the checkpoint before.
+
+    Raises:
+        ModelError: there is none that is good; none is renamed.
+    """
+    root = Path(folder)
+    whole = [path for path in _steps(root) if _is_whole(path)] if root.is_dir() else []
+    broken = list(itertools.takewhile(lambda path: not _matches(path), reversed(whole)))
+    if whole and len(broken) == len(whole):
+        raise ModelError(
+            f"every checkpoint in {root} differs from its checksums; delete the folder to train "
+            "again"
+        )
+    return [set_aside(path) for path in broken]
 
 
 def write_checkpoint(folder: str | Path, state: TrainState) -> None:
@@ -142,6 +162,11 @@ def _is_whole(folder: Path) -> bool:
         return all((folder / name).stat().st_size == facts["bytes"] for name, facts in sums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _matches(folder: Path) -> bool:
+    sums = _read_json(folder, CHECKSUMS)
+    return all(_checksum(folder / name) == facts for name, facts in sums.items())
 
 
 def _checksum(path: Path) -> dict[str, Any]:

@@ -117,6 +117,27 @@ class LatentDataset(MappedRows):
             shape = self._embedding_shape = tuple(self.value("embedding_shape", 0).as_py())
             self._check_sizes("embedding", 2 * math.prod(shape))
 
+    def require_model(self, model: StableDiffusion) -> None:
+        """Returns if the model could have made these latents, by their shapes.
+
+        Raises:
+            DatasetError: it could not; says what differs.
+        """
+        width = int(model.unet.config["cross_attention_dim"])
+        expected: dict[str, tuple[Any, Any]] = {
+            "latent channels": (self.shape[0], model.latent_channels)
+        }
+        if self._embedding_shape is not None:
+            expected["an embedding's shape"] = (self._embedding_shape, (model.text_length, width))
+        elif self.has("tokens"):
+            expected["tokens"] = (len(self.value("tokens", 0).as_py()), model.text_length)
+        for name, (here, there) in expected.items():
+            if here != there:
+                raise DatasetError(
+                    f"latents {self._name} were encoded by another model: {name} {here}, the "
+                    f"model that training starts from has {there}"
+                )
+
     def read(self, index: int, *, pick: float = 0.0, flip: bool = False) -> LatentRow:
         """One pair of a group: number floor(pick x pairs in it), mirrored on request."""
         row = self.row(index, pick)

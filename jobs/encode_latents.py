@@ -2,10 +2,10 @@
 
     python jobs/encode_latents.py --pairs runs/q/pairs --out runs/q
     python jobs/encode_latents.py --pairs /shared/run/pairs --out /shared/run --dry-run \
-        --preset paper --resolution 256 --dtype bfloat16 --gpus 1 --actors 8 --batch-size 32
+        --preset paper --gpus 1 --actors 8 --batch-size 32
     ray job submit --working-dir . -- python jobs/encode_latents.py --preset paper \
-        --pairs /shared/run/pairs --out /shared/run --resolution 256 --dtype bfloat16 \
-        --gpus 1 --actors 2 --most-actors 16 --batch-size 32
+        --pairs /shared/run/pairs --out /shared/run --gpus 1 --actors 2 --most-actors 16 \
+        --batch-size 32
 
 <out>/latents comes out, for jobs/train_editor.py --latents. Pairs are those of
 jobs/generate_pairs.py or jobs/filter_pairs.py, own ones among them. First sizes, disk and time are
@@ -41,11 +41,12 @@ class EncodeLatents:
     same autoencoder and text encoder."""
     text: Literal["instruction", "tokens", "embeddings"] = "tokens"
     """What is stored of instructions beside their text; embeddings take the most room and spare
-    training the text encoder's memory."""
+    training the text encoder's work."""
     held_out: bool = True
     """Also encode held-out pairs, for validation; they are never trained on."""
     resolution: int | None = None
-    """Height and width that pictures are brought to; by default they stay as they are."""
+    """Height and width that pictures are brought to; by default 256 with paper and fast, as the
+    paper trains, and as they are with miniature."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the autoencoder's arithmetic."""
     dry_run: bool = False
@@ -87,10 +88,11 @@ def _encode(job: EncodeLatents) -> None:
     from ip2p_ray.stages import latents, run
 
     out, pairs = job.out.absolute(), storage.absolute(job.pairs)
+    resolution = job.resolution or (None if job.preset == "miniature" else 256)
     asked: dict[str, Any] = {
         "generator": job.model or presets.by_name(job.preset).generator,
         "encoding": latents.Encoding(
-            text=job.text, held_out=job.held_out, resolution=job.resolution, dtype=job.dtype
+            text=job.text, held_out=job.held_out, resolution=resolution, dtype=job.dtype
         ),
         "resources": run.Resources(
             actors=job.actors,

@@ -21,8 +21,9 @@ both, pairs mirrored. It differs in these:
 - arithmetic is bfloat16 with float32 weights, where the authors used float32 (TF32);
 - from --latents pictures are not resized at random (the posterior is sampled at every visit all the
   same); --pairs resizes to 256-288 and cuts 256, as the paper does;
-- the average (0.9999, a horizon of 10,000 steps) follows optimizer steps; the authors' followed
-  micro-batches of a quarter, which --ema-horizon 2500 repeats;
+- latents are stored in float16, and encoded in what encode_latents --dtype says;
+- the average follows optimizer steps, the authors' four micro-batches each; beyond 22,500 steps
+  --ema-horizon 2500 repeats that, before them both are ruled by the same ramp;
 - activations are computed twice to save memory, which changes no figure but time;
 - groups are held out by a hash of their texts, 5 % of them, and not by their place in a list;
 - the validation loss has fixed noise and no dropout.
@@ -87,7 +88,7 @@ class TrainEditor:
     max_grad_norm: float | None = None
     """Norm that gradients are scaled down to."""
     ema_horizon: float | None = None
-    """Optimizer steps that the exported average remembers."""
+    """Optimizer steps that the exported average remembers, at most a ninth of those done."""
     dropout: float | None = None
     """Share of samples without text, without image, without both; each."""
     min_snr_gamma: float | None = None
@@ -97,7 +98,7 @@ class TrainEditor:
     seed: int | None = None
     """Of the order, noise, timesteps, dropout and flips."""
     bf16: bool | None = None
-    """Compute in bfloat16; weights and optimizer stay float32."""
+    """Compute in bfloat16 (True or False); weights and optimizer stay float32."""
     gradient_checkpointing: bool | None = None
     """Compute activations twice instead of keeping them."""
     channels_last: bool | None = None
@@ -204,7 +205,8 @@ def _train(job: TrainEditor) -> None:
         )
         print(
             f"plan: {config.steps:,} steps of {config.batch_size:,} samples, "
-            f"{job.workers} workers, an average over {ema_horizon(config.ema_decay):,.0f} steps"
+            f"{job.workers} workers, an average over the last "
+            f"{ema_horizon(config.ema_decay, config.steps):,.0f} steps or so"
         )
         print(found.memory.line(), flush=True)
         found.require_room(training.sharing_workers(resources))

@@ -15,6 +15,7 @@ from ip2p_ray.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    set_aside_broken,
     write_checkpoint,
 )
 from ip2p_ray.diffusion.model import StableDiffusion
@@ -248,6 +249,33 @@ def test_a_failed_export_leaves_the_older_one(tmp_path: Path) -> None:
     assert torch.equal(model.unet.conv_in.weight, own)
     assert torch.equal(StableDiffusion.load(tmp_path / "editor").unet.conv_in.weight, own)
     assert [path.name for path in tmp_path.iterdir()] == ["editor"]
+
+
+def damaged(folder: Path) -> None:
+    path = folder / "ema.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, new_state(step), keep=3)
+    assert set_aside_broken(tmp_path) == []
+    damaged(tmp_path / "step-00000003")
+    assert set_aside_broken(tmp_path) == [tmp_path / "broken-step-00000003"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000002"
+    save_checkpoint(tmp_path, new_state(3), keep=3)
+    assert set_aside_broken(tmp_path) == []
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000003"
+
+
+def test_nothing_is_set_aside_where_no_checkpoint_is_good(tmp_path: Path) -> None:
+    assert set_aside_broken(tmp_path / "none") == []
+    damaged(save_checkpoint(tmp_path, new_state(1)))
+    with pytest.raises(ModelError, match=r"every checkpoint.*delete the folder"):
+        set_aside_broken(tmp_path)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000001"
 
 
 LIMITED = """

@@ -9,7 +9,7 @@ import torch
 
 from ip2p_ray.errors import ConfigError, DatasetError, ModelError
 from ip2p_ray.latents import LatentDataset, encode_pairs
-from ip2p_ray.schema import LATENTS
+from ip2p_ray.schema import LATENT_TEXTS, LATENTS
 from ip2p_ray.testing import tiny_stable_diffusion
 
 MODEL = tiny_stable_diffusion()
@@ -146,6 +146,19 @@ def test_converted_beside_the_shards_and_not_read_twice(tmp_path: Path) -> None:
 
 def changed(number: int, **columns: Any) -> list[dict[str, Any]]:
     return [{**row, **columns} if n == number else row for n, row in enumerate(ROWS)]
+
+
+def test_latents_that_a_model_could_not_have_made_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", ROWS)
+    LatentDataset(path).require_model(MODEL)
+    wide = [{**row, "shape": [8, 4, 12]} for row in ROWS]
+    with pytest.raises(DatasetError, match=r"another model: latent channels 8, .* has 4"):
+        LatentDataset(write(tmp_path / "b.parquet", wide)).require_model(MODEL)
+    schema = LATENTS.append(LATENT_TEXTS[0])
+    assert LATENT_TEXTS[0].name == "tokens"
+    told = [{**row, "tokens": [1] * 77} for row in ROWS]
+    with pytest.raises(DatasetError, match=r"another model: tokens 77, .* has 16"):
+        LatentDataset(write(tmp_path / "c.parquet", told, schema)).require_model(MODEL)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,23 @@ import pytest
 
 from ip2p_ray import objects
 from ip2p_ray.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from ip2p_ray.errors import DatasetError, StorageError
+from ip2p_ray.errors import ConfigError, DatasetError, StorageError
 from ip2p_ray.mirror import fetch_newest, upload_checkpoint, upload_file
 from ip2p_ray.testing.buckets import FaultyWay, WayFaults
+from ip2p_ray.training.state import TrainState
 from tests.test_checkpoint import contents, new_state
 
-NOTES = "metrics.jsonl"
+NOTES, RECIPE = "metrics.jsonl", "abc"
 
 
 def saved(folder: Path, step: int) -> Path:
-    return save_checkpoint(folder, new_state(step), keep=None)
+    return save_checkpoint(folder, state_at(step), keep=None)
+
+
+def state_at(step: int) -> TrainState:
+    state = new_state(step)
+    state.run["recipe"] = RECIPE
+    return state
 
 
 def names(uri: str) -> set[str]:
@@ -21,7 +28,7 @@ def names(uri: str) -> set[str]:
 
 
 def newest(uri: str, folder: Path) -> str:
-    found = fetch_newest(uri, folder, beside=NOTES)
+    found = fetch_newest(uri, folder, beside=NOTES, recipe=RECIPE)
     assert found is not None
     return found.name
 
@@ -32,19 +39,19 @@ def test_a_checkpoint_comes_back_where_there_is_none(bucket: str, tmp_path: Path
     upload_checkpoint(saved(here, 3), uri, keep=2)
     (here / NOTES).write_text('{"step": 3}\n')
     upload_file(here / NOTES, uri)
-    assert fetch_newest(uri, there, beside=NOTES) == there / "step-00000003"
+    assert fetch_newest(uri, there, beside=NOTES, recipe=RECIPE) == there / "step-00000003"
     found = new_state()
     load_checkpoint(latest_checkpoint(there), found)
-    assert contents(found) == contents(new_state(3))
+    assert contents(found) == contents(state_at(3))
     assert (there / NOTES).read_text() == '{"step": 3}\n'
 
 
 def test_what_is_here_is_not_replaced_by_what_is_older(bucket: str, tmp_path: Path) -> None:
     upload_checkpoint(saved(tmp_path / "old", 3), bucket, keep=2)
     saved(tmp_path / "new", 4)
-    assert fetch_newest(bucket, tmp_path / "new", beside=NOTES) is None
-    assert fetch_newest(bucket, tmp_path / "old", beside=NOTES) is None
-    assert fetch_newest(f"{bucket}/empty", tmp_path / "none", beside=NOTES) is None
+    assert fetch_newest(bucket, tmp_path / "new", beside=NOTES, recipe=RECIPE) is None
+    assert fetch_newest(bucket, tmp_path / "old", beside=NOTES, recipe=RECIPE) is None
+    assert fetch_newest(f"{bucket}/empty", tmp_path / "none", beside=NOTES, recipe=RECIPE) is None
     assert not (tmp_path / "none").exists()
 
 
@@ -80,9 +87,23 @@ def test_a_fetch_that_breaks_off_leaves_no_checkpoint(bucket: str, tmp_path: Pat
     objects.remove([f"{bucket}/{first.name}/optimizer.safetensors"])
     (tmp_path / "there").mkdir()
     with pytest.raises(DatasetError, match=r"optimizer\.safetensors"):
-        fetch_newest(bucket, tmp_path / "there", beside=NOTES)
+        fetch_newest(bucket, tmp_path / "there", beside=NOTES, recipe=RECIPE)
     assert latest_checkpoint(tmp_path / "there") is None
     objects.write_file(
         f"{bucket}/{first.name}/optimizer.safetensors", first / "optimizer.safetensors"
     )
     assert newest(bucket, tmp_path / "there") == first.name
+
+
+def test_checkpoints_of_another_recipe_are_refused(bucket: str, tmp_path: Path) -> None:
+    upload_checkpoint(saved(tmp_path / "here", 1), bucket, keep=1)
+    for folder in (tmp_path / "there", tmp_path / "here"):
+        with pytest.raises(ConfigError, match=r"made differently.*give another --mirror"):
+            fetch_newest(bucket, folder, beside=NOTES, recipe="other")
+
+
+def test_what_a_kill_left_of_older_ones_is_removed(bucket: str, tmp_path: Path) -> None:
+    upload_checkpoint(saved(tmp_path, 1), bucket, keep=1)
+    objects.remove([f"{bucket}/step-00000001/checksums.json"])
+    upload_checkpoint(saved(tmp_path, 2), bucket, keep=1)
+    assert names(bucket) == {"step-00000002"}

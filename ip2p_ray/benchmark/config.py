@@ -74,8 +74,9 @@ class TrainingBenchmark:
     """Samples of a step, both ways; by default the preset's."""
     micro_batch: int = 64
     """Samples that ours computes at a time, at most; the plain way takes the whole batch."""
-    pairs: int = 64
-    """Pairs of noise that are trained on."""
+    pairs: int | None = None
+    """Pairs of noise that are trained on; by default so many that none is met twice, and every
+    instruction is a new one."""
     steps: int = 5
     """Optimizer steps of each way in a turn."""
     rounds: int = 3

@@ -65,8 +65,8 @@ def compare(job: TrainingBenchmark) -> dict[str, Any]:
     `ours` and `reference` have each of KEYS, `ratio` ours by the reference's. `peak_bytes` is what
     both hold (weights, optimizer, average) and `working_bytes`, what a step holds beyond that.
     `utilisation` is the UNet's arithmetic, forward and backward, as a share of `matmul_flops`.
-    Reading and encoding the latents once is not in ours; `wait_share` is the share of its time
-    that the loop waits for data.
+    Encoding the latents once is not in ours, encoding the texts is; `wait_share` is the share of
+    its time that the loop waits for data, which the page cache holds.
 
     Raises:
         Ip2pError: the two ways have different losses for the same step.
@@ -223,10 +223,12 @@ def _prepare(job: TrainingBenchmark, device: torch.device, folder: Path) -> Scen
         channels_last=not job.channels_first,
         gradient_checkpointing=job.gradient_checkpointing,
     )
+    steps = 2 + job.steps * (job.rounds + 1)  # with the first, the warm-up and that of the memory
+    count = job.pairs or steps * config.batch_size
     pictures = np.random.default_rng(0).integers(
-        0, 256, (2, job.pairs, resolution, resolution, 3), dtype=np.uint8
+        0, 256, (2, count, resolution, resolution, 3), dtype=np.uint8
     )
-    instructions = [f"make it number {number}" for number in range(job.pairs)]
+    instructions = [f"make it number {number}" for number in range(count)]
     examples = [
         Example(encode_png(to_pil(source)), encode_png(to_pil(edited)), text)
         for source, edited, text in zip(*pictures, instructions, strict=True)
@@ -239,7 +241,7 @@ def _prepare(job: TrainingBenchmark, device: torch.device, folder: Path) -> Scen
             "split": "train",
             **row,
         }
-        for at in range(0, job.pairs, _ENCODED)
+        for at in range(0, count, _ENCODED)
         for number, row in enumerate(
             encode_pairs(model, pictures[0, at : at + _ENCODED], pictures[1, at : at + _ENCODED]),
             start=at,

@@ -22,10 +22,11 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ip2p_ray import storage
-from ip2p_ray.checkpoint import latest_checkpoint
+from ip2p_ray.checkpoint import latest_checkpoint, set_aside_broken
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.editor import EditSettings
 from ip2p_ray.errors import ConfigError, StageError
+from ip2p_ray.latents import LatentDataset
 from ip2p_ray.memory import free_bytes, held_bytes
 from ip2p_ray.mirror import fetch_newest
 from ip2p_ray.report import Report, size
@@ -82,17 +83,6 @@ def train_editor(
     source = source if isinstance(source, Source) else Source(uri=source)
     source = replace(source, uri=str(storage.local_path(source.uri).absolute()))
     manifest = storage.read_manifest(source.uri)
-    told = TrainingRun(
-        config=config,
-        generator=generator,
-        fingerprint=models["generator"],
-        source=source,
-        data={"dataset": manifest.dataset, "rows": manifest.rows, "recipe": manifest.recipe},
-        checkpoints=str(checkpoints),
-        editor=str(root / "editor"),
-        editing=editing,
-        carried=carried or Carried(),
-    )
     given = {key: value for key, value in asdict(config).items() if value or key != "lora_rank"}
     cut = {} if source.resolution is None else {"resolution": source.resolution}
     origin = run.Origin(
@@ -100,6 +90,24 @@ def train_editor(
         config={**given, **cut, "editing": asdict(editing)},
         models={"generator": models["generator"]},
         sources={"latents" if source.resolution is None else "pairs": manifest.recipe},
+    )
+    encoded_by = manifest.models.get("generator")
+    if source.resolution is None and encoded_by not in (None, models["generator"]):
+        logger.warning(
+            "training: the latents were encoded by other weights than training starts from; its "
+            "autoencoder and text encoder have to be those that encoded"
+        )
+    told = TrainingRun(
+        config=config,
+        generator=generator,
+        fingerprint=models["generator"],
+        recipe=origin.digest,
+        source=source,
+        data={"dataset": manifest.dataset, "rows": manifest.rows, "recipe": manifest.recipe},
+        checkpoints=str(checkpoints),
+        editor=str(root / "editor"),
+        editing=editing,
+        carried=carried or Carried(),
     )
     made = run.make(str(checkpoints), origin, lambda: _fit(told, resources))
     if not (root / "editor" / "model_index.json").is_file():
@@ -145,8 +153,8 @@ class Survey:
             each = f"{sharing} workers" if sharing > 1 else "a worker"
             raise StageError(
                 f"training: {each} on {self.device} would need {size(need)}, {size(self.free)} "
-                "are free: take a smaller --micro-batch, --gradient-checkpointing, --bf16 or "
-                "--lora-rank"
+                "are free: take a smaller --micro-batch, --gradient-checkpointing True, "
+                "--bf16 True or --lora-rank"
             )
 
 
@@ -174,19 +182,19 @@ def _survey(
     source: Source, config: TrainConfig, generator: str, resources: run.Resources, micro_batch: int
 ) -> Survey:
     model = StableDiffusion.load(generator)
-    latent: tuple[int, int]
-    if source.resolution is not None:
-        latent = model.latent_size(source.resolution, source.resolution)
-    else:
-        _, *sides = source.open(model).shape
-        latent = sides[0], sides[1]
+    data = source.open(model)
+    if isinstance(data, LatentDataset):
+        data.require_model(model)
+    _, *latent = data.shape
     plan = memory_plan(
         model.unet,
         config,
-        latent=latent,
+        latent=(latent[0], latent[1]),
         text=(model.text_length, int(model.unet.config["cross_attention_dim"])),
         micro_batch=micro_batch,
         frozen=held_bytes(model.vae, model.text_encoder),
+        accumulates=config.batch_size > micro_batch * resources.actors,
+        encoder=None if source.resolution is None else model.vae,
         workers=resources.most_actors or resources.actors,
         device="cuda" if resources.gpus else "cpu",
     )
@@ -205,9 +213,11 @@ def sharing_workers(resources: run.Resources) -> int:
 
 
 def _fit(told: TrainingRun, resources: run.Resources) -> list[Report]:
+    for broken in set_aside_broken(told.checkpoints):
+        logger.warning("training: %s is broken and set aside; goes on at the one before", broken)
     mirror = told.carried.mirror
     if mirror is not None:
-        fetched = fetch_newest(mirror, Path(told.checkpoints), beside=METRICS)
+        fetched = fetch_newest(mirror, Path(told.checkpoints), beside=METRICS, recipe=told.recipe)
         if fetched is not None:
             logger.info("training: goes on from %s of %s", fetched.name, mirror)
     progress = TrainingProgress(
@@ -255,7 +265,7 @@ def persist(
             before = now
             if not left:
                 raise
-            reason = str(error).splitlines()[-1]
+            reason = (str(error).splitlines() or [type(error).__name__])[-1]
             logger.warning("training: goes on at the newest checkpoint after a failure: %s", reason)
 
 

@@ -32,6 +32,7 @@ from ip2p_ray.editor import Editor, EditSettings
 from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.latents import LatentDataset
+from ip2p_ray.memory import is_out_of_memory
 from ip2p_ray.mirror import upload_checkpoint, upload_file
 from ip2p_ray.pictures import PictureDataset
 from ip2p_ray.previews import Shown, decoded, preview
@@ -133,6 +134,8 @@ class TrainingRun:
     """Where training starts."""
     fingerprint: str
     """Of it."""
+    recipe: str
+    """Digest of all that makes the run; a checkpoint of another is not gone on with."""
     source: Source
     data: Mapping[str, Any]
     """What the source's manifest says, for the model card."""
@@ -161,14 +164,38 @@ class Board:
 
 
 def train_on_worker(arguments: Mapping[str, Any]) -> None:
-    """What each worker of the trainer runs; rank 0 saves, and exports the editor at the end."""
-    told: TrainingRun = arguments["told"]
+    """What each worker of the trainer runs; rank 0 saves, and exports the editor at the end.
+
+    Raises:
+        StageError: the device has too little memory; says what to change.
+    """
+    too_large = None
+    try:
+        _train(arguments["told"], arguments["board"])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        too_large = str(error).splitlines()[0]
+    if too_large is not None:
+        raise StageError(
+            f"training: a worker's device is too small ({too_large}): take a smaller --micro-batch "
+            "(the same run goes on), or begin anew with --gradient-checkpointing True, --bf16 True "
+            "or --lora-rank"
+        )
+
+
+def _train(told: TrainingRun, board: Any) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     model, state = restored(told, get_device())
     data = told.source.open(model)
+    if told.carried.validate_every is not None and not len(data.of("held_out")):
+        raise ConfigError(f"{told.source.uri} has no held-out pairs: leave out --validate-every")
     if rank == 0:
         forget_after(told.checkpoints, state.step)
+        last = latest_checkpoint(told.checkpoints)
+        if last is not None:
+            upload(told, last)  # the run may have been killed before it did
     steps = train(
         model,
         data.of("train"),
@@ -188,7 +215,7 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
             sinks = stack.enter_context(
                 open_sinks(told.carried.sinks, folder, step=state.step, config=config)
             )
-        watch = _Watch(told, model, state, data, rank, world_size, arguments["board"], sinks)
+        watch = _Watch(told, model, state, data, rank, world_size, board, sinks)
         for metrics in steps:
             watch.after(metrics)
     if rank == 0:
@@ -236,8 +263,7 @@ class _Watch:
         if carried.logs(metrics.step, steps) or noted:
             known = {**asdict(metrics), "loss": fmean(self.losses), "workers": self.world_size}
             noted = {**known, **self._speed(), **noted}
-            if carried.logs(metrics.step, steps):
-                self.losses.clear()
+            self.losses.clear()
             note(self.told.checkpoints, noted)
             for sink in self.sinks:
                 sink.write(metrics.step, {k: v for k, v in noted.items() if k != "step"})
@@ -311,6 +337,7 @@ def restored(told: TrainingRun, device: str | torch.device) -> tuple[StableDiffu
     """The model and the state of the newest checkpoint, or of the start where there is none."""
     model = StableDiffusion.load(told.generator, device=device)
     state = start(model, told.config)
+    state.run["recipe"] = told.recipe
     found = latest_checkpoint(told.checkpoints)
     if found is not None:
         load_checkpoint(found, state)
@@ -336,9 +363,20 @@ def save(told: TrainingRun, state: TrainState) -> None:
             f"training: the checkpoint of step {state.step} cannot be written to {root} "
             f"({error}); {before}, and the same command goes on from there once there is room"
         ) from error
-    if carried.mirror is not None:
-        upload_file(root / METRICS, carried.mirror)
-        upload_checkpoint(saved, carried.mirror, keep=carried.keep)
+    upload(told, saved)
+
+
+def upload(told: TrainingRun, saved: Path) -> None:
+    """Copies the checkpoint to the mirror, where one is asked for; nothing if it is there.
+
+    Raises:
+        StorageError: the mirror refuses, or cannot be reached.
+    """
+    if told.carried.mirror is not None:
+        notes = Path(told.checkpoints) / METRICS
+        if notes.exists():
+            upload_file(notes, told.carried.mirror)
+        upload_checkpoint(saved, told.carried.mirror, keep=told.carried.keep)
 
 
 def export(told: TrainingRun, model: StableDiffusion, state: TrainState) -> None:
@@ -352,7 +390,7 @@ def export(told: TrainingRun, model: StableDiffusion, state: TrainState) -> None
     }
     recipe = {
         **asdict(config),
-        "ema_horizon": round(ema_horizon(config.ema_decay), 1),
+        "ema_horizon": round(ema_horizon(config.ema_decay, max(1, state.ema.updates)), 1),
         "steps done": state.step,
     }
     card = model_card(

@@ -9,8 +9,13 @@ import torch
 from torch import nn
 
 
-def ema_horizon(decay: float) -> float:
-    """The number of optimizer steps that an average of this decay remembers: 1 / (1 - decay)."""
+def ema_horizon(decay: float, updates: int | None = None) -> float:
+    """The number of optimizer steps that an average of this decay remembers: 1 / (1 - decay).
+
+    After so many `updates` it is no more than the ramp lets it be.
+    """
+    if updates is not None:
+        decay = ramped_decay(decay, updates)
     return 1.0 / (1.0 - decay)
 
 

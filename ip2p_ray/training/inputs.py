@@ -69,7 +69,7 @@ class InputMaker:
 
     def _text(self, batch: Batch | PictureBatch, dropped: torch.Tensor) -> torch.Tensor:
         if isinstance(batch, Batch) and batch.embeddings is not None:
-            null = self._texts([NULL_INSTRUCTION]).half()  # rounded as the stored ones are
+            null = self._texts([NULL_INSTRUCTION]).half()  # as coarse as the stored ones
             return drop_embeddings(self._there(batch.embeddings), dropped, null)
         texts: list[Text] = list(batch.instructions)
         if isinstance(texts[0], tuple):

@@ -56,8 +56,9 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Gradients are scaled down to this norm; None leaves them."""
     ema_decay: float = 0.9999
-    """Per optimizer step: a horizon of 1 / (1 - ema_decay) steps, ramped up from the start. The
-    released model averaged each of 4 micro-batches, which 0.9996 repeats (2,500 steps)."""
+    """Per optimizer step, at the most: up to step 9 / (1 - ema_decay) the ramp rules, whose
+    horizon is a ninth of the steps done. The released model averaged each of its 4 micro-batches,
+    which 0.9996 repeats here; in the paper's 10,000 steps the ramp makes both the same."""
     dropout: float = 0.05
     """Share of samples that lose the text only, both conditions, the image only; each."""
     flips: bool = True
@@ -157,7 +158,8 @@ def train(
     Raises:
         ConfigError: the batch does not split over the ranks, the state is another model's, or
             the run was begun with another seed, batch size or dataset.
-        Ip2pError: the loss is not finite; the state is then as after the step before.
+        Ip2pError: the loss or its gradient is not finite; the state is then as after the step
+            before.
     """
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank lies in [0, world_size), got {rank} of {world_size}")
@@ -177,7 +179,7 @@ def train(
         raise ConfigError("the state belongs to another model than the one given")
     run = {"seed": config.seed, "batch_size": config.batch_size, "dataset": dataset.digest}
     check_same_run(state.run, run)
-    state.run = run
+    state.run = {**state.run, **run}
     loop = _Loop(model, dataset, config, state, parts, world_size, wrap)
     return loop.run(readers)
 
@@ -239,13 +241,14 @@ class _Loop:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         loss = self._accumulate_gradients(batches)
-        if not math.isfinite(loss):
-            state.optimizer.zero_grad(set_to_none=True)
-            raise Ip2pError(
-                f"the loss is {loss} at step {state.step + 1}; lower learning_rate (now {rate:g}) "
-                "or set max_grad_norm, and resume from the last checkpoint"
-            )
         grad_norm = self._clip()
+        for name, value in (("loss", loss), ("norm of the gradient", grad_norm)):
+            if not math.isfinite(value):
+                state.optimizer.zero_grad(set_to_none=True)
+                raise Ip2pError(
+                    f"the {name} is {value} at step {state.step + 1}; lower learning_rate (now "
+                    f"{rate:g}) or set max_grad_norm, and resume from the last checkpoint"
+                )
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         ema_decay = state.ema.update(state.unet)

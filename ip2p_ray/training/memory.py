@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ip2p_ray.report import size
+from ip2p_ray.training.inputs import ENCODED
 from ip2p_ray.training.loop import TrainConfig
 from ip2p_ray.training.lora import add_lora
 
@@ -42,7 +43,7 @@ class MemoryPlan:
     exchanged: int
     """Copies of the gradients that ranks exchange; 0 for one worker."""
     step: int
-    """The most that a micro-batch holds: gradients, activations and what autocast rounds."""
+    """The most that a step holds: gradients, activations and what autocast rounds."""
     micro_batch: int
     device: str
 
@@ -74,13 +75,17 @@ def memory_plan(
     text: tuple[int, int],
     micro_batch: int,
     frozen: int,
+    accumulates: bool = False,
+    encoder: torch.nn.Module | None = None,
     workers: int = 1,
     device: str = "cpu",
 ) -> MemoryPlan:
     """The plan of training such a UNet; only its config and class are looked at.
 
     `latent` is (height, width) of the latents, `text` (token, channel) of an embedding, `frozen`
-    the bytes of whatever else lies on the device.
+    the bytes of whatever else lies on the device. Where a worker `accumulates` gradients over
+    micro-batches, those of the ones before are held beside the activations; `encoder` is the
+    autoencoder that encodes pictures in every step, None where there are latents.
     """
     shape: Any = unet.config
     wide = {**shape, "in_channels": 2 * int(shape["out_channels"])}
@@ -103,14 +108,18 @@ def memory_plan(
             "text": torch.randn(micro_batch, *text),
         }
         with _Counted() as held:
-            _forward_and_backward(fake, arguments, bf16=config.bf16)
+            for _ in range(2 if accumulates else 1):
+                _forward_and_backward(fake, arguments, bf16=config.bf16)
+        step = held.most
+        if encoder is not None:
+            step = max(step, held.held + _encoding(encoder, min(ENCODED, micro_batch), latent))
     return MemoryPlan(
         weights=weights,
         frozen=frozen,
         optimizer=2 * trained,
         average=trained,
         exchanged=trained if workers > 1 else 0,
-        step=held.most,
+        step=step,
         micro_batch=micro_batch,
         device=device,
     )
@@ -126,6 +135,18 @@ def _fill(module: torch.nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _encoding(encoder: Any, pictures: int, latent: tuple[int, int]) -> int:
+    """The most that the autoencoder holds while it encodes so many pictures."""
+    with torch.device("meta"):
+        fake: Any = type(encoder).from_config(encoder.config)
+    _fill(fake)
+    times = 2 ** (len(encoder.config["block_out_channels"]) - 1)
+    images = torch.randn(pictures, 3, *(times * side for side in latent))
+    with _Counted() as held, torch.no_grad():
+        fake.encode(images)
+    return held.most
 
 
 def _forward_and_backward(unet: Any, given: Mapping[str, torch.Tensor], *, bf16: bool) -> None:

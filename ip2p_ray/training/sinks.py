@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
@@ -9,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+from ip2p_ray.atomic import atomic_file
 from ip2p_ray.errors import ConfigError
 
 SinkName = Literal["tensorboard", "wandb", "mlflow"]
@@ -49,7 +51,8 @@ def open_sinks(
 ) -> Iterator[list[Sink]]:
     """The sinks of the run in `folder`, which goes on after `step`; closed after the block.
 
-    A run that is resumed goes on under the same name; figures after `step` are written anew.
+    A run that is resumed goes on under the same name. Figures after `step` are written anew in
+    TensorBoard and MLflow; Weights & Biases keeps those that it has of a step.
     """
     with ExitStack() as stack:
         found: list[Sink] = []
@@ -97,11 +100,14 @@ class _MLflow:
     def __init__(self, folder: Path, _step: int, config: Mapping[str, Any]) -> None:
         self._mlflow = import_module("mlflow")
         note = folder / "mlflow-run"
+        if "MLFLOW_TRACKING_URI" not in os.environ:  # else it lies where the worker happens to be
+            self._mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
         self._mlflow.set_experiment("ip2p_ray")
         known = note.read_text(encoding="utf-8") if note.exists() else None
         run = self._mlflow.start_run(run_id=known)
         if known is None:
-            note.write_text(run.info.run_id, encoding="utf-8")
+            with atomic_file(note) as new:
+                new.write_text(run.info.run_id, encoding="utf-8")
             self._mlflow.log_params({key: str(value) for key, value in config.items()})
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:

@@ -13,6 +13,8 @@ def test_ramp_is_the_references() -> None:
 
 def test_horizon() -> None:
     assert ema_horizon(0.9996) == pytest.approx(2500)
+    assert ema_horizon(0.9999, 10_000) == ema_horizon(0.9996, 10_000) == pytest.approx(10_010 / 9)
+    assert ema_horizon(0.9996, 22_500) == pytest.approx(2500)
 
 
 def test_by_hand() -> None:

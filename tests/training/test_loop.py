@@ -106,6 +106,25 @@ def test_resume_is_bit_exact(dataset: LatentDataset, undisturbed: Run, stop: int
     assert_same(resumed, expected)
 
 
+def test_ranks_with_uneven_shares_take_the_same_step_as_one(dataset: LatentDataset) -> None:
+    """Seven samples on three ranks, two at a time: every sample counts the same."""
+    config = dataclasses.replace(CONFIG, steps=1, batch_size=7)
+    found: list[dict[str, torch.Tensor]] = []
+    ranks: list[float] = []
+    for rank, world_size, micro_batch in ((0, 1, 7), (0, 3, 2), (1, 3, 2), (2, 3, 2)):
+        model = tiny_stable_diffusion()
+        state = start(model, config)
+        gradients = found_gradients(state.unet)
+        shared = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch}
+        metrics = list(train(model, dataset, config, state=state, **shared))
+        found.append(gradients)
+        ranks += losses(metrics)
+    assert sum(ranks[1:]) / 3 == pytest.approx(ranks[0], rel=1e-5)
+    for name, whole in found[0].items():
+        mean = sum(one[name] for one in found[1:]) / 3
+        assert torch.allclose(mean, whole, rtol=1e-3, atol=1e-5), name
+
+
 def test_ranks_take_the_same_step_as_one(dataset: LatentDataset) -> None:
     """The gradients of two ranks' halves average to those of the whole batch."""
     config = dataclasses.replace(CONFIG, steps=1)
@@ -236,6 +255,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(dataset: LatentDataset)
         next(loop)
     assert state.step == 1
     assert all(bool(value.isfinite().all()) for value in state.ema.shadow.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(dataset: LatentDataset) -> None:
+    """The loss is one step behind: it would be finite, and a checkpoint saved meanwhile broken."""
+    model = tiny_stable_diffusion()
+    state = start(model, CONFIG)
+    loop = train(model, dataset, CONFIG, state=state)
+    next(loop)
+    state.unet.conv_out.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(Ip2pError, match=r"norm of the gradient is .* at step 2"):
+        next(loop)
+    assert state.step == 1
+    for value in (*state.ema.shadow.values(), *state.unet.parameters()):
+        assert bool(value.isfinite().all())
 
 
 def test_another_run_is_not_resumed(dataset: LatentDataset, plain: Run) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ MODEL = tiny_stable_diffusion()
 CONFIG = TrainConfig(steps=1)
 
 
-def plan(micro_batch: int = 4, workers: int = 1, **settings: object) -> MemoryPlan:
+def plan(
+    micro_batch: int = 4,
+    workers: int = 1,
+    accumulates: bool = False,
+    encoder: torch.nn.Module | None = None,
+    **settings: object,
+) -> MemoryPlan:
     config = dataclasses.replace(CONFIG, **settings)  # type: ignore[arg-type]
     return memory_plan(
         MODEL.unet,
@@ -21,6 +28,8 @@ def plan(micro_batch: int = 4, workers: int = 1, **settings: object) -> MemoryPl
         micro_batch=micro_batch,
         frozen=1000,
         workers=workers,
+        accumulates=accumulates,
+        encoder=encoder,
     )
 
 
@@ -61,12 +70,28 @@ def test_a_step_grows_with_the_micro_batch_and_shrinks_with_what_spares_it() -> 
 def test_the_reckoned_step_is_that_of_a_real_one() -> None:
     """Counted by the same means on tensors that are really there."""
     unet = tiny_stable_diffusion(in_channels=8).unet.train()
+    most = []
     with _Counted() as held:
-        x, text = torch.randn(4, 8, 16, 16), torch.randn(4, 16, 24)
-        timesteps = torch.zeros(4, dtype=torch.long)
-        found = unet(x, timesteps, encoder_hidden_states=text, return_dict=False)[0]
-        found.float().square().mean().backward()
-    assert held.most == pytest.approx(plan(4).step, rel=0.05)
+        for _ in range(2):
+            x, text = torch.randn(4, 8, 16, 16), torch.randn(4, 16, 24)
+            timesteps = torch.zeros(4, dtype=torch.long)
+            found = unet(x, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+            found.float().square().mean().backward()
+            del found
+            most.append(held.most)
+    once, again = plan(4).step, plan(4, accumulates=True).step
+    assert once < again
+    assert most == pytest.approx([once, again], rel=0.05)
+
+
+def test_encoding_pictures_may_take_the_most() -> None:
+    assert plan(1, encoder=MODEL.vae).step == plan(1).step
+    large: Any = type(MODEL.vae).from_config({**MODEL.vae.config, "block_out_channels": (512, 512)})
+    with _Counted() as held, torch.no_grad():
+        large.encode(torch.randn(1, 3, 32, 32))
+    gradients = sum(p.numel() for p in tiny_stable_diffusion(in_channels=8).unet.parameters()) * 4
+    assert held.most > plan(1).step
+    assert plan(1, encoder=large).step == pytest.approx(gradients + held.most, rel=0.05)
 
 
 def test_the_line_names_the_parts() -> None:
