@@ -87,6 +87,10 @@ class TrainingBenchmark:
     """Ours does not keep channels last in memory."""
     gradient_checkpointing: bool = False
     """Ours computes activations twice."""
+    compile: bool = False
+    """Ours compiles the UNet; the plain way stays eager."""
+    text: Literal["tokens", "embeddings"] = "tokens"
+    """What ours reads of instructions: tokens, which it encodes in every step, or embeddings."""
     ranks: int = 1
     """On a CPU also compare one process with so many that share its threads."""
 

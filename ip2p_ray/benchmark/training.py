@@ -27,7 +27,7 @@ from ip2p_ray.errors import ConfigError, Ip2pError
 from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.latents import LatentDataset, encode_instructions, encode_pairs
 from ip2p_ray.memory import held_bytes
-from ip2p_ray.schema import LATENTS
+from ip2p_ray.schema import LATENT_TEXTS, LATENTS
 from ip2p_ray.testing import stable_diffusion_1_5
 from ip2p_ray.training.feed import Feed, read_batch
 from ip2p_ray.training.loop import Metrics, TrainConfig, start, train
@@ -65,7 +65,8 @@ def compare(job: TrainingBenchmark) -> dict[str, Any]:
     `ours` and `reference` have each of KEYS, `ratio` ours by the reference's. `peak_bytes` is what
     both hold (weights, optimizer, average) and `working_bytes`, what a step holds beyond that.
     `utilisation` is the UNet's arithmetic, forward and backward, as a share of `matmul_flops`.
-    Encoding the latents once is not in ours, encoding the texts is; `wait_share` is the share of
+    Encoding the latents once is not in ours, encoding texts is unless embeddings are stored;
+    `wait_share` is the share of
     its time that the loop waits for data, which the page cache holds.
 
     Raises:
@@ -88,7 +89,14 @@ def _compare(job: TrainingBenchmark, device: torch.device, scene: Scene) -> dict
         learning_rate=scene.config.learning_rate,
     )
     state = start(scene.ours, scene.config)
-    loop = train(scene.ours, scene.dataset, scene.config, micro_batch=job.micro_batch, state=state)
+    loop = train(
+        scene.ours,
+        scene.dataset,
+        scene.config,
+        micro_batch=job.micro_batch,
+        wrap=_compiled if job.compile else None,
+        state=state,
+    )
     difference = _same_first_step(job, scene, plain, next(loop))
     met: list[Metrics] = []
 
@@ -144,7 +152,7 @@ def _compare(job: TrainingBenchmark, device: torch.device, scene: Scene) -> dict
     return {
         "benchmark": "training",
         **facts,
-        **asdict(job),
+        **{name: value for name, value in asdict(job).items() if name != "ranks"},
         "device": facts["device"],
         "resolution": scene.resolution,
         "batch_size": scene.config.batch_size,
@@ -155,6 +163,12 @@ def _compare(job: TrainingBenchmark, device: torch.device, scene: Scene) -> dict
         **results,
         "ratio": ratio,
     }
+
+
+def _compiled(unet: torch.nn.Module) -> torch.nn.Module:
+    compiled: Any = torch.compile(unet)
+    module: torch.nn.Module = compiled
+    return module
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -171,7 +185,8 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"{model}, {result['resolution']} px, steps of {result['batch_size']} samples, "
         f"{result['steps']} a turn, {result['rounds']} rounds, ours in "
-        f"{'bfloat16' if result['bf16'] else 'float32'}",
+        f"{'bfloat16' if result['bf16'] else 'float32'}, texts as {result['text']}"
+        f"{', compiled' if result['compile'] else ''}",
         f"{result['device_name']} ({result['device']}, {result['threads']} threads of "
         f"{result['cpus']} cpus, load {result['load'][0]}), {result['date']}",
         versions,
@@ -247,10 +262,12 @@ def _prepare(job: TrainingBenchmark, device: torch.device, folder: Path) -> Scen
             start=at,
         )
     ]
-    tokens = encode_instructions(model, instructions, "tokens")
-    table = pa.Table.from_pylist(rows, schema=LATENTS).append_column(
-        "tokens", pa.array([row["tokens"] for row in tokens], pa.list_(pa.int32()))
-    )
+    for at in range(0, count, _ENCODED):
+        texts = encode_instructions(model, instructions[at : at + _ENCODED], job.text)
+        for row, text in zip(rows[at : at + _ENCODED], texts, strict=True):
+            row.update(text)
+    stored = [field for field in LATENT_TEXTS if field.name in rows[0]]
+    table = pa.Table.from_pylist(rows, schema=pa.schema([*LATENTS, *stored]))
     pq.write_table(table, folder / "latents.parquet")
     unet: Any = copy.deepcopy(model.unet)
     return Scene(

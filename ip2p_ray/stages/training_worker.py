@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -81,6 +82,8 @@ class Carried:
     """Samples that a worker computes at a time; None splits by config.gradient_accumulation."""
     readers: int = 1
     """Threads of each worker that read ahead."""
+    compile: bool = False
+    """Compile the UNet, anew in every attempt; figures differ in their last digits."""
     save_every: int | None = None
     """Optimizer steps between two checkpoints; None makes about a dozen."""
     log_every: int | None = None
@@ -204,7 +207,7 @@ def _train(told: TrainingRun, board: Any) -> None:
         world_size=world_size,
         micro_batch=told.carried.micro_batch,
         readers=told.carried.readers,
-        wrap=_parallel if world_size > 1 else None,
+        wrap=partial(_wrapped, world_size, told.carried.compile),
         state=state,
     )
     with ExitStack() as stack:
@@ -328,9 +331,13 @@ def _shown(model: StableDiffusion, data: Data, index: int) -> Shown:
     return Shown(instruction=found.instruction, source=source, edited=edited)
 
 
-def _parallel(unet: torch.nn.Module) -> torch.nn.Module:
-    wrapped: torch.nn.Module = prepare_model(unet, move_to_device=False)
-    return wrapped
+def _wrapped(world_size: int, compiled: bool, unet: torch.nn.Module) -> torch.nn.Module:
+    """The UNet as it is called in training."""
+    wrapped: Any = prepare_model(unet, move_to_device=False) if world_size > 1 else unet
+    if compiled:
+        wrapped = torch.compile(wrapped)
+    module: torch.nn.Module = wrapped
+    return module
 
 
 def restored(told: TrainingRun, device: str | torch.device) -> tuple[StableDiffusion, TrainState]:

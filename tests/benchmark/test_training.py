@@ -61,6 +61,14 @@ def test_the_table_shows_both_ways(result):
     assert reference == pytest.approx(result["reference"]["images_per_s"], abs=1e-2)
     assert ratio == pytest.approx(result["ratio"]["images_per_s"], abs=1e-2)
     assert "2 processes of " in text
+    alone = {name: value for name, value in result.items() if name != "ranks"}
+    assert "2 processes of " not in table(alone)
+
+
+def test_without_ranks_there_are_none():
+    found = compare(replace(JOB, ranks=1, rounds=1))
+    assert "ranks" not in found
+    assert "processes of" not in table(found)
 
 
 @pytest.mark.parametrize(

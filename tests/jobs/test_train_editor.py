@@ -31,7 +31,16 @@ FLAGS = {
     *("--resolution", "--steps", "--batch-size", "--learning-rate", "--warmup-steps", "--decay"),
     *("--weight-decay", "--max-grad-norm", "--ema-horizon", "--dropout", "--min-snr-gamma"),
     *("--flips", "--seed", "--bf16", "--gradient-checkpointing", "--channels-last"),
-    *("--lora-rank", "--workers", "--most-workers", "--gpus", "--cpus", "--micro-batch"),
+    *(
+        "--lora-rank",
+        "--workers",
+        "--most-workers",
+        "--gpus",
+        "--cpus",
+        "--micro-batch",
+        "--compile",
+        "--no-compile",
+    ),
     *("--readers", "--save-every", "--log-every", "--keep", "--mirror", "--validate-every"),
     *("--validation-groups", "--sample-every", "--samples", "--metrics"),
 }

@@ -244,6 +244,16 @@ def test_wrapped_and_synchronised_once_a_step(dataset: LatentDataset) -> None:
     assert losses(wrapped) == losses(run(dataset, config)[0])
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_unet_trains_as_the_eager_one(dataset: LatentDataset, plain: Run) -> None:
+    model = tiny_stable_diffusion()
+    state = start(model, CONFIG)
+    found = losses(list(train(model, dataset, CONFIG, state=state, wrap=torch.compile)))
+    assert found == pytest.approx(losses(plain[0]), rel=1e-4)
+    assert distance(state, plain[1]) < 1e-3
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(dataset: LatentDataset) -> None:
     model = tiny_stable_diffusion()
     state = start(model, CONFIG)
