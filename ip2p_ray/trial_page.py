@@ -160,9 +160,11 @@ def _lines(curves: Mapping[str, Sequence[Sequence[Point]]]) -> list[tuple[Series
     for name, lines in curves.items():
         for points in lines:
             varied, told = _varied(points)
-            called = LABELS.get(name, name)
+            called, scale = LABELS.get(name, name), points[0].setting.text_guidance_scale
             if len(lines) > 1:
-                called += f", text_guidance_scale {points[0].setting.text_guidance_scale:g}"
+                called += f", text_guidance_scale {scale:g}"
+            elif scale is not None:
+                told += f"{' at ' if told else ''}text_guidance_scale {scale:g}"
             found.append(
                 (
                     Series(

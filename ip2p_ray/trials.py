@@ -140,7 +140,8 @@ class TrialConfig:
     image_guidance_scale: float | None = None
     """Of the table."""
     text_guidance_scales: tuple[float, ...] = ()
-    """Of the curves, a curve each; none is the table's, 7.5 in the paper."""
+    """Of the curves, a curve each (7.5 in the paper); none is the table's. Curves of editors whose
+    own scales differ are comparable only where it is stated."""
     image_guidance_scales: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
     """The points of an editor's curve (the paper's)."""
     strengths: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
