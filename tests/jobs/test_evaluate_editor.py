@@ -1,4 +1,3 @@
-import importlib.util
 import itertools
 import json
 import os
@@ -17,6 +16,7 @@ from transformers import ViTConfig, ViTModel
 from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.miniature import scores
 from ip2p_ray.miniature.scenes import draw
+from jobs.evaluate_editor import EvaluateEditor, _settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JOB = ROOT / "jobs" / "evaluate_editor.py"
@@ -87,11 +87,7 @@ def test_a_wrong_flag_is_told_in_a_sentence(flags, told):
 
 def settings(**flags):
     """The contest that the flags mean."""
-    spec = importlib.util.spec_from_file_location("evaluate_editor", JOB)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module._settings(module.EvaluateEditor(**flags))[1]
+    return _settings(EvaluateEditor(**flags))[1]
 
 
 @pytest.mark.parametrize("preset", ["paper", "fast"])
