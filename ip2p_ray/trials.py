@@ -29,17 +29,18 @@ PICTURE_OF = {COPY: "source_image", ANOTHER: "another_image", TRUTH: "edited_ima
 """Answerers that a column of TASKS answers for."""
 
 MEASURES: dict[str, str] = {
-    "direction_similarity": "the change made, with the change of captions (CLIP)",
-    "image_similarity": "with the input (CLIP)",
-    "edited_caption_similarity": "with the edited caption (CLIP-T)",
-    "caption_similarity": "the input with its caption (CLIP)",
+    "direction_similarity": "similarity of the change made with the change of captions (CLIP)",
+    "image_similarity": "similarity with the input (CLIP)",
+    "edited_caption_similarity": "similarity with the edited caption (CLIP)",
+    "caption_similarity": "similarity of the input with its caption (CLIP)",
     "truth_l1": "mean absolute difference to the true picture, on [0, 1]",
     "truth_l2": "mean squared difference to the true picture, on [0, 1]",
-    "truth_clip": "with the true picture (CLIP-I)",
-    "truth_dino": "with the true picture (DINO)",
+    "truth_clip": "similarity with the true picture (CLIP)",
+    "truth_dino": "similarity with the true picture (DINO)",
     "source_l1": "mean absolute difference to the input, on [0, 1]",
-    "source_dino": "with the input (DINO)",
-    "correct": "nearest to the true picture among all edits of the scene and the scene itself",
+    "source_dino": "similarity with the input (DINO)",
+    "correct": "share of answers to which, of the scene and all edits of it, the true picture is "
+    "the nearest",
     "preservation_error": "mean absolute error where nothing had to change, on [0, 1]",
 }
 """What is measured of an answer; null where the task lacks what it takes."""
