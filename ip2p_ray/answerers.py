@@ -20,6 +20,7 @@ from ip2p_ray.baselines import prompt_to_prompt, sdedit
 from ip2p_ray.candidates import CandidateRequest
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.editor import Editor, EditSettings
+from ip2p_ray.errors import ModelError
 from ip2p_ray.generator import DTypeName, GeneratorWeights
 from ip2p_ray.images import UINT8, decode_image, edit_size, encode_png, fit_image, to_pil
 from ip2p_ray.miniature import weights
@@ -125,12 +126,36 @@ class GeneratorAnswerer:
 
     weights: GeneratorWeights
     pairs: PairConfig
-    """How the generator is sampled; each guidance scale is the middle of the range."""
+    """How the generator is sampled; the guidance scale of a pair of its own is the middle of the
+    range."""
     trials: TrialConfig
+    guidance_scale: float | None = None
+    """Of SDEdit and Prompt-to-Prompt; None is the middle of the pairs' range too."""
+
+    @property
+    def pair_scale(self) -> float:
+        """The guidance scale of a pair of its own."""
+        return sum(self.pairs.guidance_scale) / 2
+
+    @property
+    def edit_scale(self) -> float:
+        """The guidance scale of edits of a task's picture."""
+        return self.pair_scale if self.guidance_scale is None else self.guidance_scale
 
     def load(self, device: str = "cpu", batch_size: int = 8) -> _Generating:
-        """As `Answerer.load`."""
-        return _Generating(self, self.weights.load(device), batch_size)
+        """As `Answerer.load`.
+
+        Raises:
+            ModelError: it is missing, broken, or an editor.
+        """
+        model = self.weights.load(device)
+        if model.takes_image:
+            raise ModelError(
+                f"generator {self.weights.source} is an editor: its UNet takes "
+                f"{model.unet.config['in_channels']} channels, a generator's "
+                f"{model.latent_channels}"
+            )
+        return _Generating(self, model, batch_size)
 
 
 class _Generating:
@@ -179,7 +204,7 @@ class _Generating:
             [noise_seed(self._told.trials, task["task_key"]) for task in tasks],
             strength=strength,
             steps=config.steps,
-            guidance_scale=self._scale,
+            guidance_scale=self._told.edit_scale,
             sampler=config.sampler,
             spacing=config.spacing,
         )
@@ -194,7 +219,7 @@ class _Generating:
             [task["edited_caption"] for task in tasks],
             self_replace=self_replace,
             steps=self._told.pairs.steps,
-            guidance_scale=self._scale,
+            guidance_scale=self._told.edit_scale,
             spacing=self._told.pairs.spacing,
         )
 
@@ -218,7 +243,7 @@ class _Generating:
                     edited_caption=tasks[row]["edited_caption"],
                     seed=noise_seed(trials, tasks[row]["task_key"]),
                     self_replace=setting.self_replace or 0.0,
-                    guidance_scale=self._scale,
+                    guidance_scale=self._told.pair_scale,
                 )
                 for row, setting in part
             ]
@@ -244,10 +269,6 @@ class _Generating:
             max_pixels=EditSettings().max_pixels,
         )
         return fit_image(upright, size)
-
-    @property
-    def _scale(self) -> float:
-        return sum(self._told.pairs.guidance_scale) / 2
 
 
 def _asked(

@@ -12,12 +12,17 @@
                  beside it, in original_images/ or in singleturn/; no captions, no true picture
     any other    what `layouts` reads as pairs; the edited picture is the true one
 
-Masks are passed over. Nothing is decoded here.
+Masks are passed over. Nothing is decoded here. A question without an instruction or a picture is
+handed on as it is, for whoever takes questions drops single ones; what is of another kind than the
+layout has (a number for a text, a list for an object) says that the file is no such set, and ends
+it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -46,6 +51,7 @@ PIE_TYPES = (
 _EMU = ("image", "instruction", "input_caption", "output_caption")
 _TURN = "turn_index"
 _SESSION = "img_id"
+_TOLD = 60  # characters of a wrong value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +63,17 @@ class Asked:
     group: str
     """The same for questions about one picture, which are not independent."""
     instructions: tuple[str, ...]
-    """What is to be done, one after the other; most sets ask one thing at a time."""
-    source: bytes | Path
-    """The picture, encoded, or where it is."""
+    """What is to be done, one after the other; most sets ask one thing at a time. An empty one is
+    not told."""
+    source: bytes | Path | None
+    """The picture, encoded, or where it is; None where there is none."""
     truth: bytes | Path | None = None
     """The right answer, where somebody made it."""
     caption: str | None = None
     edited_caption: str | None = None
     edit_type: str | None = None
+    turn: int | None = None
+    """Its place, from 1, among the questions of its group, where they build on one another."""
 
 
 def read_edits(path: Path, *, turns: Turns = "single") -> Iterator[Asked]:
@@ -126,71 +135,77 @@ def _listed(path: Path, names: tuple[str, ...]) -> Path | None:
 
 def _magic_brush(listed: Path, folder: Path) -> Iterator[Asked]:
     captions: dict[str, Any] = {}
-    if (folder / DESCRIPTIONS).is_file():
-        captions = _objects(folder / DESCRIPTIONS)
-    for session, turns in _objects(listed).items():
-        own = captions.get(session) or {}
+    described = folder / DESCRIPTIONS
+    if described.is_file():
+        captions = _objects(described, dict, "captions by their files")
+    for session, turns in _objects(listed, list, "turns").items():
+        own = captions.get(session, {})
         at = folder / "images" / session
-        for number, turn in enumerate(_list(turns, listed, session), start=1):
+        for number, turn in enumerate(turns, start=1):
             told = f"{listed}: turn {number} of {session}"
             source, truth = _text(turn, "input", told), _text(turn, "output", told)
             yield Asked(
                 place=f"{session}/{number}",
                 group=session,
-                instructions=(_text(turn, "instruction", told),),
+                instructions=(_instruction(turn, "instruction", told),),
                 source=at / source,
                 truth=at / truth,
-                caption=own.get(source),
-                edited_caption=own.get(truth),
+                caption=_optional(own, source, f"{described}: {session}"),
+                edited_caption=_optional(own, truth, f"{described}: {session}"),
+                turn=number,
             )
 
 
 def _pie(listed: Path, folder: Path) -> Iterator[Asked]:
-    for key, row in _objects(listed).items():
+    for key, row in _objects(listed, dict, "the fields of a question").items():
         told = f"{listed}: {key}"
-        number = str(row.get("editing_type_id", ""))
-        known = number.isdecimal() and int(number) < len(PIE_TYPES)
         image = _text(row, "image_path", told)
         yield Asked(
             place=key,
             group=image,
-            instructions=(_text(row, "editing_instruction", told),),
+            instructions=(_instruction(row, "editing_instruction", told),),
             source=folder / "annotation_images" / image,
-            caption=_unmarked(_text(row, "original_prompt", told)),
-            edited_caption=_unmarked(_text(row, "editing_prompt", told)),
-            edit_type=PIE_TYPES[int(number)] if known else number or None,
+            caption=_unmarked(_optional(row, "original_prompt", told)),
+            edited_caption=_unmarked(_optional(row, "editing_prompt", told)),
+            edit_type=_pie_type(row.get("editing_type_id"), told),
         )
 
 
+def _pie_type(value: Any, told: str) -> str | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | str)):
+        raise DatasetError(f"{told}: editing_type_id is no whole number: {_short(value)}")
+    number = "" if value is None else str(value).strip()
+    known = number.isdecimal() and int(number) < len(PIE_TYPES)
+    return PIE_TYPES[int(number)] if known else number or None
+
+
 def _img_edit(listed: Path, folder: Path) -> Iterator[Asked]:
-    for key, row in _objects(listed).items():
-        image = _text(row, "id", f"{listed}: {key}")
+    for key, row in _objects(listed, dict, "the fields of a question").items():
+        told = f"{listed}: {key}"
+        image = _text(row, "id", told)
         roots = (folder, folder / "original_images", folder / "singleturn")
         there = (root / image for root in roots if (root / image).is_file())
         yield Asked(
             place=key,
             group=image,
-            instructions=(_text(row, "prompt", f"{listed}: {key}"),),
+            instructions=(_instruction(row, "prompt", told),),
             source=next(there, folder / image),
-            edit_type=row.get("edit_type"),
+            edit_type=_optional(row, "edit_type", told),
         )
 
 
 def _emu_edit(table: Path) -> Iterator[Asked]:
     names = [*_EMU, *(name for name in ("task", "hash") if name in files.columns(table))]
     for number, row in files.read_numbered(table, names, batch=16):
-        told = f"{table.name}:{number}"
-        source = _picture(row.get("image"), table.parent)
-        if source is None:
-            raise DatasetError(f"{table.parent / told}: there is no picture in column image")
+        place, told = f"{table.name}:{number}", f"{table}:{number}"
         yield Asked(
-            place=told,
-            group=str(row.get("hash") or told),
-            instructions=(_text(row, "instruction", told),),
-            source=source,
-            caption=row.get("input_caption"),
-            edited_caption=row.get("output_caption"),
-            edit_type=row.get("task"),
+            place=place,
+            group=str(row.get("hash") or place),
+            instructions=(_instruction(row, "instruction", told),),
+            source=_picture(row.get("image"), table.parent),
+            caption=_optional(row, "input_caption", told),
+            edited_caption=_optional(row, "output_caption", told),
+            edit_type=_optional(row, "task", told),
         )
 
 
@@ -201,20 +216,32 @@ def _pairs(path: Path, tables: list[Path]) -> Iterator[Asked]:
         if {_SESSION, _TURN} <= set(files.columns(table)):
             name = table.relative_to(path.parent).as_posix()
             for number, row in files.read_numbered(table, [_TURN]):
-                turns[f"{name}:{number}"] = int(row[_TURN])
+                turns[f"{name}:{number}"] = _turn(row.get(_TURN), f"{table}:{number}")
     for given in PairFiles(paths=(path,)):
-        if given.source is None:
-            raise DatasetError(f"{given.place}: there is no source picture")
+        if given.unread is not None:
+            raise DatasetError(f"{given.place} cannot be read: {given.unread}")
         group, turn = given.group or given.place, turns.get(given.place)
+        texts = vars(given)
         yield Asked(
             place=given.place if turn is None else f"{group}/{turn}",
             group=group,
-            instructions=(str(given.instruction or ""),),
+            instructions=(_instruction(texts, "instruction", given.place),),
             source=given.source,
             truth=given.edited,
-            caption=given.caption,
-            edited_caption=given.edited_caption,
+            caption=_optional(texts, "caption", given.place),
+            edited_caption=_optional(texts, "edited_caption", given.place),
+            turn=turn,
         )
+
+
+def _turn(value: Any, told: str) -> int:
+    """The number of a turn; a table of text has it in digits."""
+    number: float = math.nan
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = float(value)
+    if not number.is_integer():
+        raise DatasetError(f"{told}: {_TURN} is no whole number: {_short(value)}")
+    return int(number)
 
 
 def _has_turns(path: Path) -> bool:
@@ -229,7 +256,11 @@ def _sessions(questions: Iterator[Asked]) -> Iterator[Asked]:
     """One question a picture: its first input, all its instructions, the truth of the last."""
     by_group: dict[str, dict[int, Asked]] = defaultdict(dict)
     for asked in questions:
-        by_group[asked.group][int(asked.place.rpartition("/")[2])] = asked
+        if asked.turn is None:
+            raise DatasetError(f"{asked.place} is no turn of a session: it has no {_TURN}")
+        if asked.turn in by_group[asked.group]:
+            raise DatasetError(f"session {asked.group} has turn {asked.turn} twice")
+        by_group[asked.group][asked.turn] = asked
     for group, numbered in by_group.items():
         turns = [numbered[number] for number in sorted(numbered)]
         if sorted(numbered) != list(range(1, len(turns) + 1)):
@@ -260,31 +291,48 @@ def _is_emu(table: Path) -> bool:
     return set(_EMU) <= set(files.columns(table))
 
 
-def _objects(path: Path) -> dict[str, Any]:
+def _objects(path: Path, kind: type[Any], what: str) -> dict[str, Any]:
+    """The JSON file's object, whose values are each an object of texts, or a list of such."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(v, dict | list) for v in found.values()):
-        raise DatasetError(f"{path} does not hold an object of questions by their names")
+    if not isinstance(found, dict):
+        raise DatasetError(f"{path} holds no object of {what}, by name")
+    for key, value in found.items():
+        parts = value if isinstance(value, list) else [value]
+        if not isinstance(value, kind) or not all(isinstance(part, dict) for part in parts):
+            raise DatasetError(f"{path}: {key} does not hold {what}, but {_short(value)}")
     return found
 
 
-def _list(value: Any, path: Path, key: str) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        raise DatasetError(f"{path}: {key} is no list of turns")
-    return value
-
-
-def _text(row: Any, name: str, told: str) -> str:
-    value = row.get(name) if isinstance(row, Mapping) else None
+def _text(row: Mapping[str, Any], name: str, told: str) -> str:
+    """One that has to be there."""
+    value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise DatasetError(f"{told} has no {name}")
     return one_line(value)
 
 
-def _unmarked(prompt: str) -> str:
-    return one_line(prompt.replace("[", "").replace("]", ""))
+def _instruction(row: Mapping[str, Any], name: str, told: str) -> str:
+    """Empty where it is not told: one such question does not end the set."""
+    return _optional(row, name, told) or ""
+
+
+def _optional(row: Mapping[str, Any], name: str, told: str) -> str | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise DatasetError(f"{told}: {name} is no text: {_short(value)}")
+    return one_line(value or "") or None
+
+
+def _short(value: Any) -> str:
+    told = repr(value)
+    return told if len(told) <= _TOLD else f"{told[:_TOLD]}..."
+
+
+def _unmarked(prompt: str | None) -> str | None:
+    return prompt and (one_line(prompt.replace("[", "").replace("]", "")) or None)
 
 
 def _picture(value: Any, folder: Path) -> bytes | Path | None:

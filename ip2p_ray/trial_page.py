@@ -63,6 +63,9 @@ GROUPS = {
 APART = (COPY, ANOTHER)
 """Told beside the plot, for they lie far from all others."""
 
+APART_AT_LEAST = 0.04
+"""Similarity between the ends of a curve without which no numbers are written there."""
+
 THUMBNAIL = 256
 """Pixels of the longer side of a shown picture, at most."""
 
@@ -128,6 +131,12 @@ def trials_page(
             (line.name, told, COLOURS[number % len(COLOURS)])
             for number, (line, told) in enumerate(lines)
         ],
+        compared=[
+            name
+            for columns in GROUPS.values()
+            for name in columns
+            if any(name in row for row in differences.values())
+        ],
         types=types,
         typed=_typed(types),
         differences=differences,
@@ -160,9 +169,11 @@ def _lines(curves: Mapping[str, Sequence[Sequence[Point]]]) -> list[tuple[Series
     for name, lines in curves.items():
         for points in lines:
             varied, told = _varied(points)
-            called = LABELS.get(name, name)
+            called, scale = LABELS.get(name, name), points[0].setting.text_guidance_scale
             if len(lines) > 1:
-                called += f", text_guidance_scale {points[0].setting.text_guidance_scale:g}"
+                called += f", text_guidance_scale {scale:g}"
+            elif scale is not None:
+                told += f"{' at ' if told else ''}text_guidance_scale {scale:g}"
             found.append(
                 (
                     Series(
@@ -171,9 +182,7 @@ def _lines(curves: Mapping[str, Sequence[Sequence[Point]]]) -> list[tuple[Series
                             (point.image_similarity.mean, point.direction_similarity.mean)
                             for point in points
                         ],
-                        [_number(getattr(point.setting, varied)) for point in points]
-                        if varied
-                        else [""],
+                        _at_the_ends(points, varied),
                         [
                             (_span(p.image_similarity), _span(p.direction_similarity))
                             for p in points
@@ -192,6 +201,19 @@ def _varied(points: Sequence[Point]) -> tuple[str | None, str]:
         if values[0] is not None and len(points) > 1:
             return name, f"{name} {_number(min(values))} to {_number(max(values))}"
     return None, ""
+
+
+def _at_the_ends(points: Sequence[Point], varied: str | None) -> list[str]:
+    """What is written at each point; nothing where the ends, or all points, lie on one another."""
+    labels = [""] * len(points)
+    ends = (points[0], points[-1])
+    wide, high = (
+        abs(ends[1].image_similarity.mean - ends[0].image_similarity.mean),
+        abs(ends[1].direction_similarity.mean - ends[0].direction_similarity.mean),
+    )
+    if varied is not None and max(wide, high) >= APART_AT_LEAST:
+        labels[0], labels[-1] = (_number(getattr(end.setting, varied)) for end in ends)
+    return labels
 
 
 def _span(value: Estimate) -> tuple[float, float]:

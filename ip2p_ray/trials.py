@@ -29,17 +29,18 @@ PICTURE_OF = {COPY: "source_image", ANOTHER: "another_image", TRUTH: "edited_ima
 """Answerers that a column of TASKS answers for."""
 
 MEASURES: dict[str, str] = {
-    "direction_similarity": "the change made, with the change of captions (CLIP)",
-    "image_similarity": "with the input (CLIP)",
-    "edited_caption_similarity": "with the edited caption (CLIP-T)",
-    "caption_similarity": "the input with its caption (CLIP)",
+    "direction_similarity": "similarity of the change made with the change of captions (CLIP)",
+    "image_similarity": "similarity with the input (CLIP)",
+    "edited_caption_similarity": "similarity with the edited caption (CLIP)",
+    "caption_similarity": "similarity of the input with its caption (CLIP)",
     "truth_l1": "mean absolute difference to the true picture, on [0, 1]",
     "truth_l2": "mean squared difference to the true picture, on [0, 1]",
-    "truth_clip": "with the true picture (CLIP-I)",
-    "truth_dino": "with the true picture (DINO)",
+    "truth_clip": "similarity with the true picture (CLIP)",
+    "truth_dino": "similarity with the true picture (DINO)",
     "source_l1": "mean absolute difference to the input, on [0, 1]",
-    "source_dino": "with the input (DINO)",
-    "correct": "nearest to the true picture among all edits of the scene and the scene itself",
+    "source_dino": "similarity with the input (DINO)",
+    "correct": "share of answers to which, of the scene and all edits of it, the true picture is "
+    "the nearest",
     "preservation_error": "mean absolute error where nothing had to change, on [0, 1]",
 }
 """What is measured of an answer; null where the task lacks what it takes."""
@@ -140,7 +141,8 @@ class TrialConfig:
     image_guidance_scale: float | None = None
     """Of the table."""
     text_guidance_scales: tuple[float, ...] = ()
-    """Of the curves, a curve each; none is the table's, 7.5 in the paper."""
+    """Of the curves, a curve each (7.5 in the paper); none is the table's. Curves of editors whose
+    own scales differ are comparable only where it is stated."""
     image_guidance_scales: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
     """The points of an editor's curve (the paper's)."""
     strengths: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, n
 from ip2p_ray.command import loading, require_place
 
 DRAWN_TASKS = 256
+TEXT_GUIDANCE_SCALE = 7.5
+"""Of Stable Diffusion, as an editor (section 4 of the paper) and as the generator that it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,8 @@ class EvaluateEditor:
     image_guidance_scale: float | None = None
     """Of the table; by default each editor's own."""
     text_guidance_scales: tuple[float, ...] = ()
-    """A curve for each; by default one, at the table's (7.5 in the paper)."""
+    """Of the curves, one for each, the same for all editors; by default one: at 7.5 (the paper's)
+    with --preset paper and fast, else at --text-guidance-scale, else at the first editor's own."""
     image_guidance_scales: tuple[float, ...] = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
     """The points of the editors' curves."""
     strengths: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -72,6 +75,9 @@ class EvaluateEditor:
     """Folder or open_clip name of the CLIP that judges; another than the filter's is fairer."""
     dino: str | None = None
     """transformers folder of a ViT or DINOv2 for the DINO measures; without it there are none."""
+    generator_guidance_scale: float | None = None
+    """Of SDEdit and Prompt-to-Prompt; by default 7.5, with --preset miniature the middle of the
+    range that its pairs are made with."""
     resolution: int | None = None
     """Pixels of the longer side of the baselines' pictures; an editor has its own."""
     seed: int = 0
@@ -114,6 +120,9 @@ class EvaluateEditor:
         numbers = (*given, *self.text_guidance_scales, *self.image_guidance_scales)
         if not all(math.isfinite(value) for value in numbers):
             raise ValueError("guidance scales are finite numbers")
+        own = self.generator_guidance_scale
+        if own is not None and not (math.isfinite(own) and own >= 0):
+            raise ValueError("--generator-guidance-scale is a finite number and not negative")
         if self.editor is None and self.preset != "miniature":
             raise ValueError(f"--preset {self.preset} needs an --editor")
         if self.data == "miniature" and self.preset != "miniature":
@@ -172,6 +181,12 @@ def _settings(job: EvaluateEditor) -> tuple[Any, Any]:
     if job.resolution is not None:
         pairs = replace(pairs, resolution=job.resolution)
     trials = TrialConfig(**{name: getattr(job, name) for name in TrialConfig.__dataclass_fields__})
+    guidance_scale = job.generator_guidance_scale
+    if job.preset != "miniature":
+        if not trials.text_guidance_scales:
+            trials = replace(trials, text_guidance_scales=(TEXT_GUIDANCE_SCALE,))
+        if guidance_scale is None:
+            guidance_scale = TEXT_GUIDANCE_SCALE
     default = DRAWN_TASKS if job.data == DRAWN else None
     source = TaskSource(
         data=job.data if job.data == DRAWN else _absolute(job.data),
@@ -190,6 +205,7 @@ def _settings(job: EvaluateEditor) -> tuple[Any, Any]:
             source=_absolute(job.generator or preset.generator), dtype=job.dtype
         ),
         pairs=pairs,
+        guidance_scale=guidance_scale,
         judges=Judges(
             clip=_absolute(job.judge or preset.judge),
             dino=_absolute(job.dino) if job.dino else None,

@@ -6,6 +6,7 @@ import pytest
 from ip2p_ray import presets
 from ip2p_ray.answerers import EditorAnswerer, GeneratorAnswerer
 from ip2p_ray.candidates import CandidateRequest
+from ip2p_ray.errors import ModelError
 from ip2p_ray.generator import GeneratorWeights
 from ip2p_ray.images import decode_image, encode_png, to_pil
 from ip2p_ray.miniature import scores
@@ -132,6 +133,30 @@ def test_a_generated_pair_is_made_as_training_pairs_are(generator, drawn, tasks)
     assert np.abs(picture(answer, "own_source") - source[0]).max() <= 2
     assert np.abs(picture(answer) - edited[0]).max() <= 2
     assert all(own["own_source"] is None for own in drawn[1][:-1])
+
+
+def test_edits_of_a_picture_have_a_guidance_of_their_own(generator, drawn, tasks):
+    assert generator.edit_scale == generator.pair_scale
+    stated = dataclasses.replace(generator, guidance_scale=generator.pair_scale + 5)
+    assert (stated.edit_scale, stated.pair_scale) == (
+        generator.edit_scale + 5,
+        generator.edit_scale,
+    )
+    (found,) = stated.load(batch_size=2).answer(tasks[1:2])
+    gaps = {
+        one["kind"]: np.abs(picture(one) - picture(other)).max()
+        for one, other in zip(found, drawn[1], strict=True)
+    }
+    assert gaps[SDEDIT] > 2
+    assert gaps[PROMPT_TO_PROMPT] > 2
+    assert gaps[GENERATED_PAIR] <= 2
+
+
+def test_an_editor_is_no_generator(generator, editor, tmp_path):
+    editor.editor().save(tmp_path / "editor")
+    wrong = GeneratorWeights(source=str(tmp_path / "editor"))
+    with pytest.raises(ModelError, match=r"generator .*editor is an editor: its UNet takes "):
+        dataclasses.replace(generator, weights=wrong).load()
 
 
 def test_sdedit_takes_the_instructions_where_there_is_no_caption(generator, tasks):

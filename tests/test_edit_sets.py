@@ -169,10 +169,29 @@ def test_pie_bench_prompts_lose_their_brackets(tmp_path):
     assert asked.edit_type == "change content"
 
 
-def test_a_pie_entry_without_an_instruction_is_named(tmp_path):
-    write(tmp_path / "mapping_file.json", {"7": pie_entry(editing_instruction=" ")})
-    with pytest.raises(DatasetError, match="7 has no editing_instruction"):
-        list(read_edits(tmp_path / "mapping_file.json"))
+@pytest.mark.parametrize("blank", [" ", None])
+def test_a_blank_instruction_does_not_end_the_set(tmp_path, magic_brush, blank):
+    entries = {"7": pie_entry(editing_instruction=blank), "8": pie_entry(original_prompt=blank)}
+    write(tmp_path / "pie" / "mapping_file.json", entries)
+    first, second = read_edits(tmp_path / "pie")
+    assert (first.instructions, second.instructions) == (("",), ("make the cake square",))
+    assert (first.caption, second.caption) == ("a round cake on a table", None)
+    sessions = json.loads((magic_brush / "edit_sessions.json").read_text())
+    sessions["139"][0]["instruction"] = blank
+    write(magic_brush / "edit_sessions.json", sessions)
+    assert [asked.instructions for asked in read_edits(magic_brush)] == [
+        ("",),
+        ("do 2 to 139",),
+        ("do 1 to 30",),
+    ]
+    assert next(read_edits(magic_brush, turns="multi")).instructions == ("", "do 2 to 139")
+
+
+def test_a_row_without_a_picture_does_not_end_the_set(tmp_path):
+    texts = {"instruction": ["go", "go"], "input_caption": ["a", "b"], "output_caption": ["c", "d"]}
+    columns = {**texts, "image": image_column([None, png(1)])}
+    pq.write_table(pa.table(columns), tmp_path / "emu.parquet")
+    assert [asked.source for asked in read_edits(tmp_path)] == [None, png(1)]
 
 
 @pytest.mark.parametrize("below", [".", "original_images", "singleturn"])
@@ -229,3 +248,75 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="empty"):
         list(read_edits(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"original_prompt": 7}, "7: original_prompt is no text: 7"),
+        ({"editing_instruction": ["go"]}, r"7: editing_instruction is no text: \['go'\]"),
+        ({"editing_type_id": [4]}, r"7: editing_type_id is no whole number: \[4\]"),
+        ({"image_path": 3}, "7 has no image_path"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_its_file(tmp_path, changes, told):
+    write(tmp_path / "mapping_file.json", {"7": pie_entry(**changes)})
+    with pytest.raises(DatasetError, match=rf"mapping_file\.json: {told}"):
+        list(read_edits(tmp_path))
+
+
+def test_an_entry_that_is_a_list_is_named(tmp_path):
+    write(tmp_path / "mapping_file.json", {"7": [pie_entry()]})
+    with pytest.raises(DatasetError, match=r"mapping_file\.json: 7 does not hold the fields of a"):
+        list(read_edits(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("captions", "told"),
+    [
+        (["a caption"], "139 does not hold captions by their files, but"),
+        ({"139-input.png": 5}, r"139: 139-input\.png is no text: 5"),
+    ],
+)
+def test_captions_of_another_kind_are_named(magic_brush, captions, told):
+    write(magic_brush / "global_descriptions.json", {"139": captions})
+    with pytest.raises(DatasetError, match=rf"global_descriptions\.json: {told}"):
+        list(read_edits(magic_brush))
+
+
+def test_a_type_that_is_a_list_is_named(tmp_path):
+    write(tmp_path / "basic_edit.json", {"1": {"id": "a", "prompt": "b", "edit_type": ["add"]}})
+    with pytest.raises(DatasetError, match=r"basic_edit\.json: 1: edit_type is no text"):
+        list(read_edits(tmp_path))
+
+
+def test_a_caption_that_is_a_number_is_named_in_a_table(tmp_path):
+    row = {"input_image": "a.png", "edit_prompt": "go", "edited_image": "b.png", "caption": 7}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DatasetError, match=r"rows\.jsonl:1: caption is no text: 7"):
+        list(read_edits(tmp_path))
+
+
+@pytest.mark.parametrize("value", [None, 1.5, "one", [1]])
+def test_a_turn_that_is_no_number_is_named(tmp_path, value):
+    turn = {"img_id": "7", "source_img": "a.png", "instruction": "go", "target_img": "b.png"}
+    lines = [json.dumps({**turn, "turn_index": number}) for number in (1, value)]
+    (tmp_path / "dev.jsonl").write_text("\n".join(lines))
+    for turns in ("single", "multi"):
+        with pytest.raises(DatasetError, match=r"dev\.jsonl:2: turn_index is no whole number"):
+            list(read_edits(tmp_path, turns=turns))
+
+
+def test_a_table_without_turns_beside_one_with_them_is_named(tmp_path):
+    magic_brush_table(tmp_path / "dev" / "a.parquet", [("7", 1)])
+    row = {"input_image": "a.png", "edit_prompt": "go", "edited_image": "b.png"}
+    (tmp_path / "dev" / "b.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(list(read_edits(tmp_path / "dev"))) == 2
+    with pytest.raises(DatasetError, match=r"dev/b\.jsonl:1 is no turn of a session"):
+        list(read_edits(tmp_path / "dev", turns="multi"))
+
+
+def test_a_turn_that_is_there_twice_is_named(tmp_path):
+    magic_brush_table(tmp_path / "dev.parquet", [("7", 1), ("7", 1)])
+    with pytest.raises(DatasetError, match="session img_id=7 has turn 1 twice"):
+        list(read_edits(tmp_path / "dev.parquet", turns="multi"))

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from ip2p_ray.clip import Clip
-from ip2p_ray.images import encode_png, to_pil
-from ip2p_ray.measures import Measurer, Shown, difference_to
+from ip2p_ray.images import encode_png, fit_image, to_pil
+from ip2p_ray.measures import Measurer, Shown, difference_to, seen
 from ip2p_ray.miniature import scores
 from ip2p_ray.miniature.scenes import draw
 from ip2p_ray.schema import SIMILARITIES
@@ -132,3 +132,53 @@ def test_dino_measures_where_it_is_given(clip, drawn):
     vectors = [np.array([mean, 100.0]) for mean in means]
     cosine = vectors[0] @ vectors[1] / np.prod([np.linalg.norm(v) for v in vectors])
     assert found[0]["truth_dino"] == pytest.approx(cosine, abs=1e-5)
+
+
+def ramp(width, height):
+    """A picture that gets brighter to the right and bluer downwards, so that no cut hides."""
+    across = np.broadcast_to(np.linspace(0, 255, width), (height, width))
+    down = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
+    return Image.fromarray(np.stack([across, across, down], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (64, 128)])
+@pytest.mark.parametrize("picture", [ramp(160, 100), ramp(75, 200)])
+def test_what_an_editor_was_never_shown_does_not_count(measurer, drawn, size, picture):
+    """An editor that cuts to its size and then does just what is true."""
+    answer = fit_image(picture, size)
+    known = task(0, drawn, source_image=stored(picture), edited_image=stored(picture))
+    (found,) = measurer.measure([known], [[Shown(answer), Shown(picture)]])
+    edited, copied = found
+    for name in ("truth_l1", "source_l1"):
+        assert edited[name] < 0.01
+        assert copied[name] == 0.0
+    stretched, _ = difference_to(picture, answer)  # to what the editor did not see
+    assert stretched > 3 * edited["truth_l1"]
+    for name in ("truth_clip", "image_similarity"):
+        assert edited[name] == pytest.approx(1.0, abs=0.01)
+
+
+def test_what_is_seen_is_cut_on_both_sides():
+    picture = ramp(101, 50)
+    assert seen(picture, (202, 100)) is picture
+    assert seen(picture, (100, 50)).size == (100, 50)
+    square = seen(picture, (32, 32))
+    assert square.size == (50, 50)
+    middle = np.asarray(picture)[:, 25:76].mean()
+    assert np.asarray(square).mean() == pytest.approx(middle, abs=1.0)
+    assert seen(picture, (1, 1000)).size == (1, 50)
+
+
+def test_so_many_pictures_as_are_allowed_are_judged_together(clip, drawn):
+    class Counting:
+        most = 0
+
+        def encode_images(self, pictures):
+            self.most = max(self.most, len(pictures))
+            return torch.ones(len(pictures), 2)
+
+    judge = Counting()
+    shown = [Shown(to_pil(draw(one.scene))) for one in drawn]
+    tasks = [task(number, drawn) for number in range(3)]
+    Measurer(clip, judge, at_a_time=2).measure(tasks, [shown] * 3)
+    assert judge.most == 2

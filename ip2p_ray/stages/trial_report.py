@@ -34,7 +34,7 @@ def write_report(
     first = next(iter(contest.editors))
     table = trials.table(made.rows, config)
     types = trials.by_type(made.rows, config)
-    curves = trials.curves(made.rows, contest.trials, config)
+    curves = trials.curves(made.rows, made.trials, config)
     compared = [row for row in made.rows if row["answerer"] in contest.editors]
     differences = trials.differences(compared, first, config)
     skipped = _skipped(made, contest)
@@ -47,8 +47,9 @@ def write_report(
             "differences_to_first": differences,
             "first": first,
             "tasks": {**asdict(source), "data": source.data, "used": made.tasks.rows},
-            "trials": asdict(contest.trials),
+            "trials": asdict(made.trials),
             "pairs": asdict(contest.pairs),
+            "generator_guidance_scale": _edit_scale(contest),
             "bootstrap": asdict(config),
             "models": dict(made.models),
             "judge": contest.judges.clip,
@@ -83,8 +84,9 @@ def _facts(
         what = f"held-out pairs of {source.data}, whose true pictures the generator made"
     elif source.data != DRAWN:
         what = f"{source.data}, {source.turns} turns"
-    points = contest.trials.curve_tasks
+    points = made.trials.curve_tasks
     few = "all" if points is None or points >= made.tasks.rows else f"{points}"
+    scales = " and ".join(f"{scale:g}" for scale in made.trials.text_guidance_scales)
     return {
         "tasks": f"{made.tasks.rows:,} in {groups:,} groups: {what}",
         "judge": f"{contest.judges.clip} (weights {made.models['judge'][:12]})",
@@ -92,17 +94,31 @@ def _facts(
             f"{config.level:.0%}, bootstrap over groups, {config.resamples:,} resamples, "
             f"seed {config.seed}"
         ),
-        "curves": f"over {few} tasks, equal noise at every point, seed {contest.trials.seed}",
+        "curves": (
+            f"of every editor at text_guidance_scale {scales}, over {few} tasks, equal noise at "
+            f"every point, seed {made.trials.seed}"
+        ),
         **{
             name: f"{place} (content {made.models[name][:12]})"
             for name, place in contest.editors.items()
         },
         "generator of the baselines": (
             f"{contest.generator.source}, {contest.pairs.steps} steps of {contest.pairs.sampler}, "
-            f"guidance {sum(contest.pairs.guidance_scale) / 2:g}"
+            f"guidance {_edit_scale(contest):g} for SDEdit and Prompt-to-Prompt, "
+            f"{sum(contest.pairs.guidance_scale) / 2:g} for its own pairs"
+        ),
+        "compared": (
+            "each answer with the input and the true picture, which are cut to its aspect as an "
+            "editor cuts its input"
         ),
         "comparable": "only with numbers of this harness: CLIP, preprocessing and sizes differ",
     }
+
+
+def _edit_scale(contest: Contest) -> float:
+    if contest.guidance_scale is not None:
+        return contest.guidance_scale
+    return sum(contest.pairs.guidance_scale) / 2
 
 
 def _skipped(made: Made, contest: Contest) -> list[str]:

@@ -177,6 +177,8 @@ def _row(asked: Asked, number: int) -> tuple[dict[str, Any] | None, str | None]:
         return None, EMPTY_INSTRUCTION
     images: dict[str, dict[str, Any] | None] = {"source_image": None, "edited_image": None}
     digests = []
+    if asked.source is None:
+        return None, MISSING
     for name, picture in zip(images, (asked.source, asked.truth), strict=True):
         if picture is None:
             continue

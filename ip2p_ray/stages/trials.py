@@ -14,20 +14,23 @@ three files are of the last command.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from ip2p_ray import storage
-from ip2p_ray.answerers import Answerer, EditorAnswerer, GeneratorAnswerer
+from ip2p_ray.answerers import Answerer, Answering, EditorAnswerer, GeneratorAnswerer
 from ip2p_ray.clip import Clip
 from ip2p_ray.dino import Dino
-from ip2p_ray.errors import ConfigError
+from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.generator import DTypeName, GeneratorWeights
 from ip2p_ray.images import decode_image
 from ip2p_ray.measures import Measurer, Shown
+from ip2p_ray.memory import is_out_of_memory
 from ip2p_ray.miniature import scores
 from ip2p_ray.pairs import PairConfig
 from ip2p_ray.presets import folder_fingerprint
@@ -50,7 +53,10 @@ GENERATOR = "baselines"
 """What the answerer is called that makes all baselines of a generator."""
 
 _OF_BASELINES = ("strengths", "self_replaces")
-_OF_SAMPLING = (*("resolution", "steps", "sampler", "spacing", "guidance_scale", "cross_replace"),)
+_OF_SAMPLING = (
+    *("resolution", "steps", "sampler", "spacing"),
+    *("guidance_scale", "cross_replace"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,24 +69,60 @@ class Judges:
     """transformers folder of a DINO, or None for no measure of it."""
     device: str = "cpu"
 
+    def load(self, batch_size: int) -> Measurer:
+        """Ready to judge so many pictures at a time."""
+        dino = Dino.load(self.dino, self.device) if self.dino else None
+        return Measurer(Clip.load(self.clip, self.device), dino, at_a_time=batch_size)
+
+
+@contextmanager
+def fitting(what: str, device: str, batch_size: int | None = None) -> Iterator[None]:
+    """Tells in one sentence that the memory ran out in the block.
+
+    Raises:
+        StageError: it did; says on which device, with how many pictures at a time, and what to do.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or "no more is known").splitlines()[0]
+        many = f" with {batch_size} pictures at a time" if batch_size is not None else ""
+        lower = "--batch-size" if batch_size is not None and batch_size > 1 else "--dtype"
+        raise StageError(
+            f"{what}{many}, the memory of {device} ran out: give a lower {lower} or fewer --actors "
+            f"({reason})"
+        ) from None
+
 
 class AnswerTasks:
     """An actor of the plan: rows of TASKS in, rows of ANSWERED out."""
 
     def __init__(self, answerer: Answerer, digest: str, device: str, batch_size: int) -> None:
-        self._answering, self._digest = answerer.load(device, batch_size), digest
+        self._answerer, self._digest = answerer, digest
+        self._device, self._batch_size = device, batch_size
+
+    @cached_property
+    def _answering(self) -> Answering:
+        """Loaded in a call: what a constructor raises arrives from Ray as a traceback only."""
+        with fitting("loading a model", self._device):
+            return self._answerer.load(self._device, self._batch_size)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The batch with the answers of each task."""
         tasks = batch.to_pylist()
+        answering = self._answering
+        with fitting("making pictures", self._device, self._batch_size):
+            answers = answering.answer(tasks)
         rows = [
             {
                 **task,
-                "answers": answers,
+                "answers": own,
                 "answerer": self._digest,
                 "answer_key": answer_key(task["task_key"], self._digest),
             }
-            for task, answers in zip(tasks, self._answering.answer(tasks), strict=True)
+            for task, own in zip(tasks, answers, strict=True)
         ]
         return pa.Table.from_pylist(rows, schema=ANSWERED)
 
@@ -92,12 +134,21 @@ class MeasureAnswers:
     """
 
     def __init__(
-        self, judges: Judges, baselines: str, drawn: tuple[int, int] | None = None
+        self,
+        judges: Judges,
+        baselines: str,
+        drawn: tuple[int, int] | None = None,
+        batch_size: int = 8,
     ) -> None:
-        dino = Dino.load(judges.dino, judges.device) if judges.dino else None
-        self._measurer = Measurer(Clip.load(judges.clip, judges.device), dino)
+        self._judges, self._batch_size = judges, batch_size
         self._baselines = baselines
         self._drawn = scores.edit_tasks(*drawn) if drawn else None
+
+    @cached_property
+    def _measurer(self) -> Measurer:
+        """Loaded in a call, as `AnswerTasks` does."""
+        with fitting("loading the judges", self._judges.device):
+            return self._judges.load(self._batch_size)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """A table for each row of the batch."""
@@ -119,7 +170,9 @@ class MeasureAnswers:
             for answer in task["answers"]
         ]
         drawn = None if self._drawn is None else [self._drawn[task["number"]]]
-        (found,) = self._measurer.measure([task], [shown], drawn)
+        measurer = self._measurer
+        with fitting("judging pictures", self._judges.device, self._batch_size):
+            (found,) = measurer.measure([task], [shown], drawn)
         kept = ("kind", *vars(Setting()))
         answers = [
             {**{name: answer[name] for name in kept}, **values}
@@ -138,8 +191,12 @@ class Contest:
     """Of the baselines."""
     pairs: PairConfig
     """How the generator is sampled."""
+    guidance_scale: float | None = None
+    """Of the generator's edits of a picture; None is the middle of the pairs' range."""
     judges: Judges
     trials: TrialConfig
+    """Where no text_guidance_scales are stated, all editors' curves are at the table's, else at
+    that of the first editor."""
     steps: int | None = None
     """Of an editor's sampler; None is each editor's own."""
     dtype: DTypeName = "float32"
@@ -158,6 +215,8 @@ class Made:
 
     rows: list[dict[str, Any]]
     """Of SCORED, sorted by answerer and task."""
+    trials: TrialConfig
+    """The contest's, with the text_guidance_scales of its curves."""
     tasks: storage.Manifest
     answers: Mapping[str, str]
     """The dataset of each editor's pictures by what it is called, and of the BASELINES'."""
@@ -168,13 +227,16 @@ class Made:
 def run_contest(source: TaskSource, folder: str, contest: Contest) -> Made:
     """Everything up to `<folder>/scores.parquet`; what is there is not made again.
 
+    Every model is loaded once before anything is made, so that a wrong one is told now.
+
     Raises:
         Ip2pError: a model or the data cannot be used; says which.
     """
-    tasks = make_tasks(source, folder)
+    contest = _surveyed(contest)
     models = _fingerprints(contest)
     if len({models[name] for name in contest.editors}) != len(contest.editors):
         raise ConfigError(f"two of the editors are the same: {', '.join(contest.editors)}")
+    tasks = make_tasks(source, folder)
     origins = {
         name: run.Origin(
             dataset=f"answers of {name}",
@@ -192,7 +254,7 @@ def run_contest(source: TaskSource, folder: str, contest: Contest) -> Made:
     digests = {name: origin.digest for name, origin in origins.items()}
     measured = run.Origin(
         dataset="measures",
-        config={"baselines": digests[GENERATOR]},
+        config={"baselines": digests[GENERATOR], "compared": "at the answer's aspect"},
         models={role: models[role] for role in ("judge", "dino") if role in models},
         sources={digest: digest for digest in sorted(digests.values())},
     )
@@ -201,13 +263,41 @@ def run_contest(source: TaskSource, folder: str, contest: Contest) -> Made:
     found = storage.read_dataset(place, MEASURED).to_pylist()
     rows = flat(found, {digests[name]: name for name in contest.editors})
     storage.write_shard(folder, SCORES, pa.Table.from_pylist(rows, schema=SCORED))
-    return Made(rows=rows, tasks=tasks, answers=places, models=models)
+    return Made(rows=rows, trials=contest.trials, tasks=tasks, answers=places, models=models)
+
+
+def _surveyed(contest: Contest) -> Contest:
+    """The contest with the text scale of its curves, once every model of pictures was loaded.
+
+    They are loaded where their actors will be, one after the other, in the CPU's memory.
+    """
+    own: list[float] = run.in_task(contest.answering, _survey, list(_answerers(contest).values()))
+    trials = contest.trials
+    if trials.text_guidance_scales:
+        return contest
+    scale = own[0] if trials.text_guidance_scale is None else trials.text_guidance_scale
+    return replace(contest, trials=replace(trials, text_guidance_scales=(scale,)))
+
+
+def _survey(answerers: Sequence[Answerer]) -> list[float]:
+    """The editors' own text scales."""
+    found = []
+    for answerer in answerers:
+        with fitting("loading a model", "cpu"):
+            if isinstance(answerer, EditorAnswerer):
+                found.append(answerer.editor().settings.text_guidance_scale)
+            else:
+                answerer.load("cpu", 1)
+    return found
 
 
 def _answerers(contest: Contest) -> dict[str, Answerer]:
     """All that need a model, by name."""
     generator = GeneratorAnswerer(
-        weights=contest.generator, pairs=contest.pairs, trials=contest.trials
+        weights=contest.generator,
+        pairs=contest.pairs,
+        trials=contest.trials,
+        guidance_scale=contest.guidance_scale,
     )
     return {
         GENERATOR: generator,
@@ -231,6 +321,7 @@ def _config(answerer: Answerer, trials: TrialConfig) -> dict[str, Any]:
     return {
         **{name: settings[name] for name in ("curve_tasks", "seed", *_OF_BASELINES)},
         **{name: pairs[name] for name in _OF_SAMPLING},
+        "edit_guidance_scale": answerer.edit_scale,
         "dtype": answerer.weights.dtype,
     }
 
@@ -294,6 +385,7 @@ def _measure(
             "judges": contest.judges,
             "baselines": origin.config["baselines"],
             "drawn": source.drawn,
+            "batch_size": contest.judging.batch_size,
         },
         resources=replace(contest.judging, batch_size=contest.tasks_at_a_time),
     )

@@ -16,6 +16,7 @@ from transformers import ViTConfig, ViTModel
 from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.miniature import scores
 from ip2p_ray.miniature.scenes import draw
+from jobs.evaluate_editor import EvaluateEditor, _settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JOB = ROOT / "jobs" / "evaluate_editor.py"
@@ -24,7 +25,16 @@ FLAGS = {
     *("--editor", "--compare", "--data", "--turns", "--out", "--preset", "--tasks"),
     *("--curve-tasks", "--text-guidance-scale", "--image-guidance-scale"),
     *("--text-guidance-scales", "--image-guidance-scales", "--strengths", "--self-replaces"),
-    *("--steps", "--generator", "--judge", "--dino", "--resolution", "--seed", "--resamples"),
+    *(
+        "--steps",
+        "--generator",
+        "--generator-guidance-scale",
+        "--judge",
+        "--dino",
+        "--resolution",
+        "--seed",
+        "--resamples",
+    ),
     *("--shown", "--dtype", "--actors", "--gpus", "--cpus", "--batch-size"),
     "--tasks-at-a-time",
 }
@@ -63,6 +73,8 @@ def test_the_flags_are_those_that_were_promised():
         (["--preset", "paper", "--editor", "x"], "--preset paper needs --data"),
         (["--turns", "multi"], "--turns multi needs --data"),
         (["--resamples", "3"], "--resamples is at least 100"),
+        (["--generator-guidance-scale", "inf"], "--generator-guidance-scale is a finite"),
+        (["--generator-guidance-scale", "-1"], "--generator-guidance-scale is a finite"),
         (["--task", "3"], "--task"),
     ],
 )
@@ -71,6 +83,29 @@ def test_a_wrong_flag_is_told_in_a_sentence(flags, told):
     assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def settings(**flags):
+    """The contest that the flags mean."""
+    return _settings(EvaluateEditor(**flags))[1]
+
+
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+def test_the_papers_models_are_asked_at_the_papers_scales(preset):
+    given = {"preset": preset, "editor": "someone/editor", "data": "/some/set"}
+    contest = settings(**given)
+    assert contest.trials.text_guidance_scales == (7.5,)
+    assert contest.trials.text_guidance_scale is None
+    assert contest.guidance_scale == 7.5
+    stated = settings(**given, text_guidance_scales=(5.0,), generator_guidance_scale=3.0)
+    assert stated.trials.text_guidance_scales == (5.0,)
+    assert stated.guidance_scale == 3.0
+
+
+def test_the_miniature_is_asked_at_its_own():
+    contest = settings()
+    assert contest.trials.text_guidance_scales == ()
+    assert contest.guidance_scale is None
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +140,15 @@ def magic_brush(tmp_path_factory):
     (root / "edit_sessions.json").write_text(json.dumps(sessions))
     (root / "global_descriptions.json").write_text(json.dumps(captions))
     return root
+
+
+@pytest.mark.ray
+def test_a_wrong_editor_is_told_in_a_sentence_before_anything_is_made(flags, tmp_path):
+    done = run_job(*flags, "--tasks", 1, "--compare", "/no/such/editor", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "no model folder /no/such/editor" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "tasks").exists()
 
 
 @pytest.mark.ray

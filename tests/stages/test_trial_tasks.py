@@ -125,6 +125,22 @@ def test_unusable_tasks_are_dropped_and_too_many_end_it(tmp_path):
         make_tasks(TaskSource(data=data, tasks=25), str(tmp_path / "again"))
 
 
+def test_a_blank_instruction_and_a_lacking_picture_are_dropped_and_counted(tmp_path):
+    data = tmp_path / "set"
+    data.mkdir()
+    (data / "a.png").write_bytes(png(1))
+    rows = [
+        {"input_image": "a.png", "edit_prompt": f"do {number}", "edited_image": "a.png"}
+        for number in range(50)
+    ]
+    rows[3]["edit_prompt"] = " "
+    rows[4]["input_image"] = None
+    (data / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    manifest = make_tasks(TaskSource(data=str(data)), str(tmp_path))
+    assert manifest.rows == 48
+    assert manifest.reports[0]["rejected"] == {"empty_instruction": 1, "image_missing": 1}
+
+
 def test_the_same_folder_holds_the_same_tasks(tmp_path):
     data = img_edit(tmp_path / "set", 4)
     first = make_tasks(TaskSource(data=data), str(tmp_path))

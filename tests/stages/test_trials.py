@@ -3,17 +3,19 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from ip2p_ray import presets, storage
 from ip2p_ray.answerers import EditorAnswerer
-from ip2p_ray.errors import ConfigError
+from ip2p_ray.errors import ConfigError, ModelError, StageError
 from ip2p_ray.generator import GeneratorWeights
 from ip2p_ray.intervals import BootstrapConfig
-from ip2p_ray.stages.run import Resources
+from ip2p_ray.stages import plan
+from ip2p_ray.stages.run import Resources, own_error
 from ip2p_ray.stages.trial_report import write_report
 from ip2p_ray.stages.trial_tasks import DRAWN, TaskSource
-from ip2p_ray.stages.trials import Contest, Judges, run_contest
-from ip2p_ray.trials import ANSWERED, BASELINES, SCORED, TrialConfig
+from ip2p_ray.stages.trials import AnswerTasks, Contest, Judges, MeasureAnswers, run_contest
+from ip2p_ray.trials import ANSWERED, BASELINES, SCORED, TASKS, TrialConfig
 
 pytestmark = pytest.mark.ray
 
@@ -98,6 +100,133 @@ def test_another_editor_is_made_beside_what_is_there(won, contest, folder, tiny_
         str(folder), SOURCE, both, found, BootstrapConfig(resamples=100), shown=2
     )
     assert set(metrics["differences_to_first"]) == {"other"}
+
+
+@pytest.mark.parametrize("place", ["editors", "generator"])
+@pytest.mark.parametrize("wrong", ["no/such", "/no/such/folder", "channels"])
+def test_a_wrong_model_is_told_before_anything_is_made(
+    local_ray, contest, tiny_weights, tmp_path, place, wrong
+):
+    told = wrong
+    if wrong == "channels":
+        told = {"editors": "an editor's UNet takes", "generator": "is an editor"}[place]
+        wrong = contest.generator.source
+        if place == "generator":
+            wrong = str(tmp_path / "editor")
+            EditorAnswerer(source=str(tiny_weights), trials=TRIALS).editor().save(wrong)
+    changes = {"generator": GeneratorWeights(source=wrong)}
+    if place == "editors":
+        changes = {"editors": {**contest.editors, "wrong": wrong}}
+    with pytest.raises(ModelError, match=told):
+        run_contest(SOURCE, str(tmp_path / "out"), dataclasses.replace(contest, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_curves_are_at_one_text_scale_though_editors_have_their_own(
+    local_ray, contest, tiny_weights, tmp_path
+):
+    own = EditorAnswerer(source=str(tiny_weights), trials=TRIALS).editor()
+    scale = own.settings.text_guidance_scale
+    own.settings = dataclasses.replace(own.settings, text_guidance_scale=scale + 1)
+    own.save(tmp_path / "other")
+    both = dataclasses.replace(
+        contest, editors={**contest.editors, "other": str(tmp_path / "other")}
+    )
+    found = run_contest(TaskSource(data=DRAWN, tasks=2), str(tmp_path / "out"), both)
+    assert found.trials.text_guidance_scales == (scale,)
+    rows = [row for row in found.rows if row["answerer"] == "other"]
+    assert {row["text_guidance_scale"] for row in rows if row["usual"]} == {scale + 1}
+    assert {row["text_guidance_scale"] for row in rows if not row["usual"]} == {scale}
+    metrics = write_report(
+        str(tmp_path / "out"),
+        SOURCE,
+        both,
+        found,
+        BootstrapConfig(resamples=100),
+        shown=0,
+    )
+    for name in both.editors:
+        (line,) = metrics["curves"][name]
+        assert {point["setting"]["text_guidance_scale"] for point in line} == {scale}
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert f"of every editor at text_guidance_scale {scale:g}, over 1 tasks" in page
+
+
+class Full:
+    """Whoever it is of, the memory does not do."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def load(self, *_):
+        return self
+
+    def answer(self, tasks):
+        raise self.error
+
+    def measure(self, *_):
+        raise self.error
+
+    device = "cuda"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 3 GB"),
+    ],
+)
+def test_where_the_memory_does_not_do_it_is_told_in_a_sentence(won, folder, error):
+    tasks = storage.read_dataset(str(folder / "tasks"), TASKS)
+    answers = storage.read_dataset(won.answers["mine"], ANSWERED)
+    making, judging = (
+        AnswerTasks(Full(error), "0", "cuda", 4),
+        MeasureAnswers(Full(error), "baselines", batch_size=4),
+    )
+    for told, work in (
+        ("making pictures", lambda: making(tasks)),
+        ("judging pictures", lambda: list(judging(answers))),
+    ):
+        with pytest.raises(StageError) as caught:
+            work()
+        assert str(caught.value).startswith(
+            f"{told} with 4 pictures at a time, the memory of cuda ran out: give a lower "
+            "--batch-size"
+        )
+        assert "\n" not in str(caught.value)
+
+
+def test_another_error_is_not_taken_for_it(won, folder):
+    tasks = storage.read_dataset(str(folder / "tasks"), TASKS)
+    with pytest.raises(RuntimeError, match="shapes"):
+        AnswerTasks(Full(RuntimeError("shapes differ")), "0", "cpu", 4)(tasks)
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_the_sentence_arrives_from_an_actor(won, folder, tmp_path, loads):
+    class Large:  # of the function, so that it travels to the actor by value
+        def load(self, device, batch_size):
+            if not loads:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self
+
+        def answer(self, tasks):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    arguments = {"answerer": Large(), "digest": "0", "device": "cpu", "batch_size": 2}
+    step = plan.Step(callable=AnswerTasks, arguments=arguments, resources=Resources(batch_size=2))
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Ray's, whatever it is
+        plan.stream(
+            plan.shards(str(folder / "tasks")),
+            str(tmp_path / "answers"),
+            key="task_key",
+            schema=ANSWERED,
+            steps=[step],
+            unit="tasks",
+            rows_per_block=2,
+        )
+    assert "the memory of cpu ran out" in str(own_error(caught.value))
 
 
 def test_two_names_of_one_editor_are_refused(contest, tiny_weights, folder):
