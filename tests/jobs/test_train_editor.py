@@ -14,7 +14,7 @@ import pytest
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
-from ip2p_ray import storage
+from ip2p_ray import objects, storage
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.editor import Editor
 from ip2p_ray.images import encode_png, to_pil
@@ -285,3 +285,25 @@ def test_another_number_of_workers_goes_on_with_the_same_statistics(asked, tmp_p
     assert [row["step"] for row in ours] == list(range(1, 17))
     for one, other in zip(ours[14:], theirs[14:], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+def test_a_run_goes_on_from_its_mirror_where_the_disk_is_lost(asked, bucket, tmp_path):
+    flags = [*asked, "--mirror", f"{bucket}/run"]
+    done = run_job(*flags, "--out", tmp_path / "first")
+    assert done.returncode == 0, done.stderr
+    steps = {found.name.split("/")[0] for found in objects.listing(f"{bucket}/run")}
+    assert steps == {"metrics.jsonl", "step-00000006", "step-00000008"}
+    objects.remove_below(f"{bucket}/run/step-00000008")
+    done = run_job(*flags, "--out", tmp_path / "second")
+    assert done.returncode == 0, done.stderr
+    assert f"goes on from step-00000006 of {bucket}/run" in done.stdout
+    assert curve(tmp_path / "second") == curve(tmp_path / "first")
+    for name in ("unet", "ema", "optimizer"):
+        part = f"checkpoints/step-00000008/{name}.safetensors"
+        assert (tmp_path / "second" / part).read_bytes() == (tmp_path / "first" / part).read_bytes()
+    other = run_job(*flags, "--out", tmp_path / "third", "--learning-rate", 1e-3)
+    assert other.returncode == 1
+    assert "made differently, or of other data: give another --mirror" in other.stderr
