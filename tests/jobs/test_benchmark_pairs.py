@@ -1,12 +1,9 @@
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-JOB = ROOT / "jobs" / "benchmark.py"
+from tests.jobs.running import Job
+
+run_job = Job("benchmark.py").run
 
 FLAGS = {
     "--preset",
@@ -24,17 +21,6 @@ FLAGS = {
     "--json",
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
-
-
-def run_job(*arguments):
-    return subprocess.run(
-        [sys.executable, str(JOB), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "400"},  # no sentence is broken by the frame around it
-    )
 
 
 def test_the_flags_are_those_that_were_promised():

@@ -1,28 +1,14 @@
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-JOB = ROOT / "jobs" / "benchmark.py"
+from tests.jobs.running import Job
+
+run_job = Job("benchmark.py", "pipeline").run
 
 FLAGS = {"--triplets", "--seconds", "--real", "--many", "--json"}
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
-
-
-def run_job(*arguments):
-    return subprocess.run(
-        [sys.executable, str(JOB), "pipeline", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=800,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "400"},
-    )
 
 
 def test_the_flags_are_those_that_were_promised():

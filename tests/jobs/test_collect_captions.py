@@ -1,19 +1,15 @@
 import gzip
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ip2p_ray import storage
 from ip2p_ray.schema import COLLECTED_CAPTIONS, REJECTS
+from tests.jobs.running import Job
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-JOB = ROOT / "jobs" / "collect_captions.py"
+run_job = Job("collect_captions.py").run
 
 FLAGS = {
     "--files",
@@ -27,21 +23,6 @@ FLAGS = {
     "--held-out",
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
-
-
-def run_job(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, str(JOB), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "COLUMNS": "400",
-            **environment,
-        },  # no sentence is broken by the frame around it
-    )
 
 
 def test_the_flags_are_those_that_were_promised():

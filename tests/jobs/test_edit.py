@@ -1,14 +1,11 @@
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-JOB = ROOT / "jobs" / "edit.py"
+from tests.jobs.running import Job
+
+run_job = Job("edit.py").run
 
 FLAGS = {
     "--image",
@@ -21,17 +18,6 @@ FLAGS = {
     "--steps",
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
-
-
-def run_job(*arguments):
-    return subprocess.run(
-        [sys.executable, str(JOB), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "400"},  # no sentence is broken by the frame around it
-    )
 
 
 @pytest.fixture

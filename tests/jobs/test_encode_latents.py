@@ -2,9 +2,7 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +13,10 @@ from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.latents import LatentDataset
 from ip2p_ray.schema import PAIRS
+from tests.jobs.running import ROOT, Job
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-JOB = ROOT / "jobs" / "encode_latents.py"
+JOB = Job("encode_latents.py")
+command, run_job = JOB.command, JOB.run
 
 FLAGS = {
     *("--pairs", "--out", "--preset", "--model", "--text", "--held-out", "--no-held-out"),
@@ -25,21 +24,6 @@ FLAGS = {
     *("--gpus", "--cpus", "--batch-size"),
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
-
-
-def command(*arguments):
-    return [sys.executable, str(JOB), *map(str, arguments)]
-
-
-def run_job(*arguments):
-    return subprocess.run(
-        command(*arguments),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "400"},
-    )
 
 
 def write_pairs(uri, count, side=64, sides=None):

@@ -1,10 +1,8 @@
 import itertools
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +15,10 @@ from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.miniature import scores
 from ip2p_ray.miniature.scenes import draw
 from jobs.evaluate_editor import EvaluateEditor, _settings
+from tests.jobs.running import ROOT, Job
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-JOB = ROOT / "jobs" / "evaluate_editor.py"
+JOB = Job("evaluate_editor.py")
+command, run_job = JOB.command, JOB.run
 
 FLAGS = {
     *("--editor", "--compare", "--data", "--turns", "--out", "--preset", "--tasks"),
@@ -39,21 +38,6 @@ FLAGS = {
     "--tasks-at-a-time",
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
-
-
-def command(*arguments):
-    return [sys.executable, str(JOB), *map(str, arguments)]
-
-
-def run_job(*arguments, timeout=800):
-    return subprocess.run(
-        command(*arguments),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "400"},
-    )
 
 
 def test_the_flags_are_those_that_were_promised():

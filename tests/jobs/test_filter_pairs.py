@@ -1,9 +1,5 @@
 import io
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +11,9 @@ from PIL import Image
 from ip2p_ray import storage
 from ip2p_ray.miniature.weights import WEIGHTS
 from ip2p_ray.schema import PAIRS, SCORES
+from tests.jobs.running import Job
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-JOB = ROOT / "jobs" / "filter_pairs.py"
+run_job = Job("filter_pairs.py").run
 
 FLAGS = {
     "--scores",
@@ -36,17 +32,6 @@ FLAGS = {
     "--max-reject-share",
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
-
-
-def run_job(*arguments):
-    return subprocess.run(
-        [sys.executable, str(JOB), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "400"},  # no sentence is broken by the frame around it
-    )
 
 
 def encoded(seed, size=64):

@@ -1,8 +1,4 @@
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +8,9 @@ from ip2p_ray.schema import CANDIDATES, PAIRS, REJECTS, SCORES
 from ip2p_ray.stages.run import locked
 from ip2p_ray.testing.pairs import dataset_of, write_triplets
 from jobs.generate_pairs import GeneratePairs, _settings
+from tests.jobs.running import Job
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-JOB = ROOT / "jobs" / "generate_pairs.py"
+run_job = Job("generate_pairs.py").run
 
 FLAGS = {
     *("--triplets", "--out", "--preset", "--dry-run", "--generator", "--judge", "--dtype"),
@@ -28,17 +24,6 @@ FLAGS = {
     *("--prune-text", "--prune-image", "--prune-direction"),
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
-
-
-def run_job(*arguments, timeout=600):
-    return subprocess.run(
-        [sys.executable, str(JOB), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "400"},
-    )
 
 
 def test_the_flags_are_those_that_were_promised():

@@ -4,9 +4,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +20,10 @@ from ip2p_ray.latents import encode_pairs
 from ip2p_ray.schema import LATENTS, PAIRS
 from ip2p_ray.stages.training import read_metrics
 from ip2p_ray.testing import tiny_stable_diffusion
+from tests.jobs.running import ROOT, Job
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-JOB = ROOT / "jobs" / "train_editor.py"
+JOB = Job("train_editor.py")
+command, run_job = JOB.command, JOB.run
 
 FLAGS = {
     *("--latents", "--pairs", "--out", "--preset", "--start", "--dry-run", "--no-dry-run"),
@@ -48,21 +47,6 @@ FLAGS = {
 
 EXACT = ("step", "epoch", "loss", "learning_rate", "grad_norm", "ema_decay", "validation_loss")
 """What of a line of metrics is the same in every run; the rest is time."""
-
-
-def command(*arguments):
-    return [sys.executable, str(JOB), *map(str, arguments)]
-
-
-def run_job(*arguments, timeout=600):
-    return subprocess.run(
-        command(*arguments),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "400"},
-    )
 
 
 def test_the_flags_are_those_that_were_promised():

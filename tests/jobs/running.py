@@ -1,0 +1,32 @@
+"""A command of jobs/, run as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Job:
+    """A job by the name of its file, perhaps with the first of its arguments."""
+
+    def __init__(self, name, *first):
+        self.path = ROOT / "jobs" / name
+        self._first = first
+
+    def command(self, *arguments):
+        """What is typed."""
+        return [sys.executable, *map(str, (self.path, *self._first, *arguments))]
+
+    def run(self, *arguments, timeout=800, **environment):
+        """The ended process, with what it printed."""
+        return subprocess.run(
+            self.command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=ROOT,
+            # no sentence is broken by the frame around it
+            env={**os.environ, "COLUMNS": "400", **environment},
+        )
