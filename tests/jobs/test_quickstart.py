@@ -157,6 +157,8 @@ def start_until(command, reached, limit_s=240):
         text=True,
         cwd=ROOT,
         process_group=0,  # as in a terminal, where Ctrl-C reaches all of the group
+        # a shell that starts the tests in the background has them ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + limit_s
     while not reached():
