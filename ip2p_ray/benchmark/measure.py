@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ip2p_ray.errors import ConfigError
+
 Result = TypeVar("Result")
 
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy")
@@ -161,3 +163,28 @@ def _processor() -> str:
         if found := re.search(r"model name\s*:\s*(.+)", text):
             return found[1].strip()
     return platform.processor() or platform.machine()
+
+
+def ratio(ours: float | None, reference: float | None) -> float | None:
+    """Ours by the reference's, None where either is not known."""
+    return None if ours is None or not reference else ours / reference
+
+
+def cell(value: float | None, factor: float, form: str) -> str:
+    """A figure in a table, "-" where it is not known."""
+    return "-" if value is None else format(value * factor, form)
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a flag.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is not one that torch knows") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch sees no CUDA device here")
+    return device

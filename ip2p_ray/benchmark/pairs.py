@@ -20,7 +20,7 @@ from ip2p_ray.benchmark.config import PairBenchmark
 from ip2p_ray.benchmark.reference import materialised_attention, reference_candidates
 from ip2p_ray.clip import Clip
 from ip2p_ray.diffusion.model import StableDiffusion
-from ip2p_ray.errors import ConfigError, Ip2pError
+from ip2p_ray.errors import Ip2pError
 from ip2p_ray.filtering import select
 from ip2p_ray.memory import free_bytes, held_bytes, is_out_of_memory
 from ip2p_ray.miniature import grammar, scenes
@@ -81,7 +81,7 @@ def compare(job: PairBenchmark) -> dict[str, Any]:
         Ip2pError: the two ways made different pictures, so that their times cannot be compared.
         ModelError: the preset's models are not there.
     """
-    device = _device(job.device)
+    device = measure.device_named(job.device)
     scene = _prepare(job, device)
     facts = measure.facts(device)
     rates = _search(scene, device, job.decode_batch) if job.batch_size is None else {}
@@ -107,7 +107,7 @@ def compare(job: PairBenchmark) -> dict[str, Any]:
     for result in results.values():
         result["utilisation"] = result["unet_rows_per_s"] * row_flops / ceiling
     ours, reference = results["ours"], results["reference"]
-    ratio = {key: _ratio(ours[key], reference[key]) for key in KEYS}
+    ratio = {key: measure.ratio(ours[key], reference[key]) for key in KEYS}
     wall, cpu = (
         {name: [getattr(turn, clock) for turn in seconds[name]] for name in ways}
         for clock in ("wall", "cpu")
@@ -165,9 +165,9 @@ def table(result: Mapping[str, Any]) -> str:
     for key in KEYS:
         label, factor, form = names[key]
         cells = (
-            f"{_cell(result['ours'][key], factor, form):>12}"
-            f"{_cell(result['reference'][key], factor, form):>12}"
-            f"{_cell(result['ratio'][key], 1.0, '.2f'):>9}"
+            f"{measure.cell(result['ours'][key], factor, form):>12}"
+            f"{measure.cell(result['reference'][key], factor, form):>12}"
+            f"{measure.cell(result['ratio'][key], 1.0, '.2f'):>9}"
         )
         lines.append(f"{label:40}{cells}")
     searched = ", ".join(f"{size}: {rate:.2f}" for size, rate in result["batch_sizes"].items())
@@ -416,21 +416,3 @@ def _result(
         "accepted": accepted,
         "seconds": [turn.wall for turn in seconds],
     }
-
-
-def _ratio(ours: float | None, reference: float | None) -> float | None:
-    return None if ours is None or not reference else ours / reference
-
-
-def _cell(value: float | None, factor: float, form: str) -> str:
-    return "-" if value is None else format(value * factor, form)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is not one that torch knows") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch sees no CUDA device here")
-    return device

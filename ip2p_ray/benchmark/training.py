@@ -23,7 +23,7 @@ from ip2p_ray.benchmark.pairs import unet_row_flops
 from ip2p_ray.benchmark.plain_training import Drawn, Example, PlainTrainer
 from ip2p_ray.benchmark.training_ranks import Ranks, ranks_per_s
 from ip2p_ray.diffusion.model import StableDiffusion
-from ip2p_ray.errors import ConfigError, Ip2pError
+from ip2p_ray.errors import Ip2pError
 from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.latents import LatentDataset, encode_instructions, encode_pairs
 from ip2p_ray.memory import held_bytes
@@ -72,7 +72,7 @@ def compare(job: TrainingBenchmark) -> dict[str, Any]:
     Raises:
         Ip2pError: the two ways have different losses for the same step.
     """
-    device = _device(job)
+    device = measure.device_named(job.device)
     with tempfile.TemporaryDirectory() as folder:
         scene = _prepare(job, device, Path(folder))
         found = _compare(job, device, scene)
@@ -146,7 +146,7 @@ def _compare(job: TrainingBenchmark, device: torch.device, scene: Scene) -> dict
         )
         for clock in ("wall", "cpu")
     )
-    ratio = {key: _ratio(results["ours"][key], results["reference"][key]) for key in KEYS}
+    ratio = {key: measure.ratio(results["ours"][key], results["reference"][key]) for key in KEYS}
     ratio |= {"images_per_s": faster, "cpu_s_per_image": 1 / cpu}
     facts = measure.facts(device)
     return {
@@ -195,8 +195,10 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     for key in KEYS:
         label, factor, form = names[key]
-        ours, reference = (_cell(result[way][key], factor, form) for way in ("ours", "reference"))
-        cells = f"{ours:>12}{reference:>12}{_cell(result['ratio'][key], 1.0, '.2f'):>9}"
+        ours, reference = (
+            measure.cell(result[way][key], factor, form) for way in ("ours", "reference")
+        )
+        cells = f"{ours:>12}{reference:>12}{measure.cell(result['ratio'][key], 1.0, '.2f'):>9}"
         lines.append(f"{label:40}{cells}")
     lines += [
         "",
@@ -354,21 +356,3 @@ def _state_bytes(state: TrainState) -> int:
         for part in ("ema", "optimizer")
         for tensor in tensors[part].values()
     )
-
-
-def _ratio(ours: float | None, reference: float | None) -> float | None:
-    return None if ours is None or not reference else ours / reference
-
-
-def _cell(value: float | None, factor: float, form: str) -> str:
-    return "-" if value is None else format(value * factor, form)
-
-
-def _device(job: TrainingBenchmark) -> torch.device:
-    try:
-        device = torch.device(job.device)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {job.device!r} is not one that torch knows") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {job.device}: torch sees no CUDA device here")
-    return device

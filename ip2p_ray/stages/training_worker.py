@@ -178,7 +178,7 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        too_large = str(error).splitlines()[0]
+        too_large = (str(error).splitlines() or [type(error).__name__])[0]
     if too_large is not None:
         raise StageError(
             f"training: a worker's device is too small ({too_large}): take a smaller --micro-batch "
