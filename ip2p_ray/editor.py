@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_args
@@ -20,7 +21,7 @@ from ip2p_ray.checkpoint import EDITOR_DEFAULTS, export_editor
 from ip2p_ray.diffusion.guidance import rescale, two_scale
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.noise import Spacing, row_generators, row_noise
-from ip2p_ray.diffusion.sample import Denoise, Sampler, sample
+from ip2p_ray.diffusion.sample import Sampler, sample
 from ip2p_ray.errors import ConfigError, ImageError, ModelError
 from ip2p_ray.images import (
     decode_image,
@@ -103,6 +104,47 @@ class EditRequest:
             raise ConfigError(f"seed lies in [0, 2**63), got {self.seed}")
         for name in ("text_guidance_scale", "image_guidance_scale"):
             _check_scale(name, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Guidance:
+    """What guides the rows of a batch."""
+
+    null_text: torch.Tensor
+    """Of the empty instruction, (1, token, channel)."""
+    text: torch.Tensor
+    """Of each row's instruction, (row, token, channel)."""
+    image_latents: torch.Tensor
+    """The source images', unscaled, float32 (row, channel, height, width)."""
+    text_scale: torch.Tensor
+    """(row,)."""
+    image_scale: torch.Tensor
+    """(row,)."""
+    rescale: float = 0.0
+    """`EditSettings.guidance_rescale`, of all rows."""
+
+
+def guided(
+    model: StableDiffusion, guidance: Guidance, x: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """The clean latents behind x, of x's shape, by both guidances: three rows of the UNet for
+    each row. `sigma` is (row,)."""
+    null = guidance.null_text.expand(x.shape[0], -1, -1)
+    image = guidance.image_latents
+    text = torch.cat([null, null, guidance.text])
+    condition = torch.cat([torch.zeros_like(image), image, image])
+    predictions = model.denoise(x.repeat(3, 1, 1, 1), sigma.repeat(3), text, condition)
+    none, only_image, both = predictions.chunk(3)
+    found = two_scale(
+        none,
+        only_image,
+        both,
+        image_scale=guidance.image_scale,
+        text_scale=guidance.text_scale,
+    )
+    if not guidance.rescale:
+        return found
+    return rescale(found, both, torch.full((x.shape[0],), guidance.rescale))
 
 
 class Editor:
@@ -209,13 +251,13 @@ class Editor:
             latents = self.edit_latents(
                 [pictures[row] for row in rows], [requests[row] for row in rows], common
             )
-            for row, picture in zip(rows, self._decode(latents), strict=True):
+            for row, picture in zip(rows, self.decode(latents), strict=True):
                 results[row] = picture
         return results
 
     def prepare(self, image: Image.Image | bytes, settings: EditSettings) -> Image.Image:
         """The picture that is edited: upright RGB at its edit size."""
-        upright = _upright_rgb(image)
+        upright = upright_rgb(image)
         size = edit_size(
             upright.width,
             upright.height,
@@ -252,43 +294,36 @@ class Editor:
         generators = row_generators([request.seed for request in requests])
         images = torch.stack([to_tensor(picture) for picture in pictures])
         image_latents, _ = model.encode_image(images)
-        sigmas = model.schedule.sigmas(settings.steps, spacing=self._spacing).to(device)
+        sigmas = self.sigmas(settings.steps).to(device)
         x = row_noise(generators, image_latents.shape[1:]).to(device) * sigmas[0]
-        denoise = self._guided(image_latents, requests, settings)
-        return sample(denoise, x, sigmas, sampler=settings.sampler, generators=generators)
+        texts = model.encode_text(["", *(request.instruction for request in requests)])
+        guidance = Guidance(
+            null_text=texts[:1],
+            text=texts[1:],
+            image_latents=image_latents,
+            text_scale=torch.tensor([float(each.text_guidance_scale) for each in requests]),
+            image_scale=torch.tensor([float(each.image_guidance_scale) for each in requests]),
+            rescale=settings.guidance_rescale,
+        )
+        return sample(
+            partial(guided, model, guidance),
+            x,
+            sigmas,
+            sampler=settings.sampler,
+            generators=generators,
+        )
 
-    def _guided(
-        self,
-        image_latents: torch.Tensor,
-        requests: Sequence[EditRequest],
-        settings: EditSettings,
-    ) -> Denoise:
-        """The denoiser with both guidances: three rows of the UNet for each row."""
-        model, rows = self.model, len(requests)
-        text = model.encode_text(["", *(request.instruction for request in requests)])
-        null = text[:1].expand(rows, -1, -1)
-        text = torch.cat([null, null, text[1:]])
-        condition = torch.cat([torch.zeros_like(image_latents), image_latents, image_latents])
-        text_scale = torch.tensor([float(request.text_guidance_scale) for request in requests])
-        image_scale = torch.tensor([float(request.image_guidance_scale) for request in requests])
-        amount = torch.full((rows,), settings.guidance_rescale)
-
-        def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            predictions = model.denoise(x.repeat(3, 1, 1, 1), sigma.repeat(3), text, condition)
-            none, image, both = predictions.chunk(3)
-            guided = two_scale(none, image, both, image_scale=image_scale, text_scale=text_scale)
-            return rescale(guided, both, amount) if settings.guidance_rescale else guided
-
-        return denoise
+    def sigmas(self, steps: int) -> torch.Tensor:
+        """The noise levels of a run of so many steps, float32 (steps + 1,), spaced as the model
+        was trained for."""
+        trailing = self.model.scheduler_config.get("timestep_spacing") == "trailing"
+        spacing: Spacing = "trailing" if trailing else "linspace"
+        return self.model.schedule.sigmas(steps, spacing=spacing)
 
     @torch.inference_mode()
-    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """The pictures of scaled latents (row, channel, height, width)."""
         return [to_pil(array) for array in to_uint8(self.model.decode(latents))]
-
-    @property
-    def _spacing(self) -> Spacing:
-        trailing = self.model.scheduler_config.get("timestep_spacing") == "trailing"
-        return "trailing" if trailing else "linspace"
 
     def _settings(self, changes: Overrides) -> EditSettings:
         unknown = [name for name in changes if name not in Overrides.__annotations__]
@@ -334,7 +369,7 @@ def _batches(
     ]
 
 
-def _upright_rgb(image: Image.Image | bytes) -> Image.Image:
+def upright_rgb(image: Image.Image | bytes) -> Image.Image:
     """8-bit RGB, EXIF orientation applied, transparency on white, by the rules of decode_image."""
     if isinstance(image, bytes):
         return decode_image(image)

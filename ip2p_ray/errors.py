@@ -8,6 +8,8 @@ Ip2pError
 |-- DatasetError   a dataset is missing, incomplete or of another schema; names it
 |-- StorageError   object storage refuses, or cannot be reached; names the URI
 |-- ReplyError     one caption got no reply; a stage makes a reject of it
+|-- QueueFullError    an engine has as many requests waiting as it takes
+|-- DeadlineError     a request took longer than it was allowed
 |-- BudgetError    a spending cap or the account's quota is reached; what was paid is kept
 `-- StageError     a stage of the flow failed, or rejected more rows than it may
 
@@ -48,6 +50,14 @@ class StorageError(Ip2pError):
 
 class ReplyError(Ip2pError):
     """A language model gave no reply to one caption; the text says after which failures."""
+
+
+class QueueFullError(Ip2pError):
+    """As many requests wait as are taken; nothing was done, it may be sent again later."""
+
+
+class DeadlineError(Ip2pError):
+    """A request was not done in the time that it was given; the text says at which stage."""
 
 
 class BudgetError(Ip2pError):

@@ -11,7 +11,7 @@ row with sigma 0 has arrived and stays as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -123,24 +123,42 @@ def advance(
     the same bits as a whole one, however the rows are grouped in between as far as `denoise` does.
     """
     check_sampler(sampler)
-    x, previous, sigma_previous = rows.x, rows.denoised, rows.sigma
-    levels = sigmas.to(x.device, torch.float32).expand(x.shape[0], -1)
+    levels = sigmas.to(rows.x.device, torch.float32).expand(rows.x.shape[0], -1)
     steps = levels.shape[1] - 1
     for step in range(start, steps if stop is None else stop):
         sigma, sigma_next = levels[:, step], levels[:, step + 1]
-        denoised = denoise(x, sigma)
+        denoised = denoise(rows.x, sigma)
+        noise = None
         if sampler == "euler_ancestral" and step < steps - 1:
             if generators is None:
                 raise ConfigError("euler_ancestral needs a generator for every row, got none")
-            noise = row_noise(generators, x.shape[1:]).to(x.device)
-            x = euler_ancestral_step(x, denoised, sigma, sigma_next, noise)
-        elif sampler == "dpmpp_2m":
-            x = dpmpp_2m_step(x, denoised, sigma, sigma_next, previous, sigma_previous)
-        else:
-            x = euler_step(x, denoised, sigma, sigma_next)
-        previous, sigma_previous = denoised, sigma
-        x = x if after_step is None else after_step(step, x)
-    return Progress(x, previous, sigma_previous)
+            noise = row_noise(generators, rows.x.shape[1:])
+        rows = move(rows, denoised, sigma, sigma_next, sampler=sampler, noise=noise)
+        rows = rows if after_step is None else replace(rows, x=after_step(step, rows.x))
+    return rows
+
+
+def move(
+    rows: Progress,
+    denoised: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    *,
+    sampler: Sampler,
+    noise: Tensor | None = None,
+) -> Progress:
+    """The rows after one step, each from its own noise level to its own next one.
+
+    Only "euler_ancestral" reads `noise`, and without it takes the step that adds none: right where
+    every sigma_next is 0. What it adds to a row whose sigma_next is 0 is nothing.
+    """
+    if sampler == "euler_ancestral" and noise is not None:
+        x = euler_ancestral_step(rows.x, denoised, sigma, sigma_next, noise.to(rows.x.device))
+    elif sampler == "dpmpp_2m":
+        x = dpmpp_2m_step(rows.x, denoised, sigma, sigma_next, rows.denoised, rows.sigma)
+    else:
+        x = euler_step(rows.x, denoised, sigma, sigma_next)
+    return Progress(x, denoised, sigma)
 
 
 def sample(
