@@ -25,7 +25,17 @@ LINES = (
     },
     # presets gathers the configs of the lines above; nothing above reads it
     {
-        *("editor", "evaluation", "gallery", "miniature", "presets", "previews", "card"),
+        *(
+            "editor",
+            "engine",
+            "remote_editor",
+            "evaluation",
+            "gallery",
+            "miniature",
+            "presets",
+            "previews",
+            "card",
+        ),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
     {"storage", "objects", "lease", "mirror"},
