@@ -420,7 +420,7 @@ async def _http_problem(request: Request, error: Exception) -> Response:
     path = repr(request.scope["path"][:100])
     told = {
         404: f"there is no {path} here; /docs shows what there is",
-        405: f"{path} takes {headers.get('allow', 'another method')}, got {request.method[:20]}",
+        405: f"{path} takes {headers.get('Allow', 'another method')}, got {request.method[:20]}",
     }
     message = told.get(error.status_code, str(error.detail))
     return Problem(error.status_code, message, headers=headers).response()
