@@ -158,8 +158,10 @@ async def read_form(request: Request, limits: Limits) -> FormData:
             if read > limits.body_bytes:
                 raise too_long
             yield chunk
+        if not parser.has_ended:  # raised in here, so that the parser closes its files
+            raise MultiPartException("it ends before its last boundary")
 
-    parser = MultiPartParser(
+    parser = _Parser(
         request.headers, bounded(), max_files=FILES, max_fields=FIELDS, max_part_size=TEXT_BYTES
     )
     # in memory as a whole: pictures of others are not written to a disk
@@ -183,6 +185,15 @@ async def read_form(request: Request, limits: Limits) -> FormData:
         *(UnicodeError, ValueError, AssertionError),
     ) as error:
         raise Problem(400, _of_the_body(str(error))) from error
+
+
+class _Parser(MultiPartParser):
+    """Knows whether the last boundary was there."""
+
+    has_ended = False
+
+    def on_end(self) -> None:
+        self.has_ended = True
 
 
 def _of_the_body(told: str) -> str:
@@ -214,6 +225,10 @@ async def understand(data: FormData, limits: Limits, served: str) -> Asked:
             files[plain] = await value.read()
         elif plain in ("image", "mask"):
             raise Problem(400, f"{plain!r} is sent as a file, got a text", param=plain)
+        elif plain not in EditForm.model_fields:
+            known = ", ".join(["image", "mask", *EditForm.model_fields])
+            told = f"there is no field {plain[:100]!r}; there are {known}"
+            raise Problem(400, told, param=plain)
         else:
             texts[plain] = value
     if not files.get("image"):
@@ -245,12 +260,7 @@ def _validated(texts: dict[str, str]) -> EditForm:
         return EditForm.model_validate(texts)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = str(first["loc"][0])[:100] if first["loc"] else None
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(["image", "mask", *EditForm.model_fields])
-            raise Problem(
-                400, f"there is no field {name!r}; there are {known}", param=name
-            ) from error
+        name = str(first["loc"][0])
         told = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if first["type"] == "missing":
             told = "is missing"
