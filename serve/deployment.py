@@ -19,7 +19,6 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ReplicaState
 
 from ip2p_ray import storage
 from ip2p_ray.editor import Editor
@@ -162,7 +161,7 @@ class HandleEditing:
         """See `Editing`. The same seeds give the same pictures, so a second try is safe."""
         async with _deadline(order):
             for last in (False, True):
-                response = self._edits.remote(order)
+                response: Any = self._edits.remote(order)
                 try:
                     return await response
                 except asyncio.CancelledError:
@@ -179,7 +178,7 @@ class HandleEditing:
         shown = 0
         ends = None if order.deadline_s is None else time.monotonic() + order.deadline_s
         for last in (False, True):
-            responses = self._streams.remote(order)
+            responses: Any = self._streams.remote(order)
             try:
                 while True:
                     left = None if ends is None else max(0.0, ends - time.monotonic())
@@ -205,7 +204,8 @@ class HandleEditing:
         status = await asyncio.to_thread(serve.status)
         application = status.applications.get(serve.get_replica_context().app_name)
         deployment = application and application.deployments.get(self._deployment)
-        return bool(deployment and deployment.replica_states.get(ReplicaState.RUNNING))
+        states = deployment.replica_states if deployment else {}
+        return any(state == "RUNNING" and count for state, count in states.items())
 
 
 class _deadline:  # noqa: N801 reads as a statement
