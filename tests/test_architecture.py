@@ -26,6 +26,7 @@ LINES = (
     # presets gathers the configs of the lines above; nothing above reads it
     {
         *("editor", "evaluation", "gallery", "miniature", "presets", "previews", "card"),
+        *("remote_editor", "picture_folder"),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
     {"storage", "objects", "lease", "mirror"},
@@ -41,7 +42,7 @@ ONLY_IN = {
     "boto3": ("objects",),
     "botocore": ("objects",),
     "moto": (TESTING,),
-    "openai": ("triplets.endpoint", "triplets.writer", "triplets.openai_finetune"),
+    "openai": ("triplets.endpoint", "triplets.writer", "triplets.openai_finetune", "remote_editor"),
     "open_clip": ("clip", "miniature", TESTING),
 }
 """Which parts may import a heavy or optional library."""
