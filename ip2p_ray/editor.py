@@ -127,8 +127,10 @@ class Guidance:
 def guided(
     model: StableDiffusion, guidance: Guidance, x: torch.Tensor, sigma: torch.Tensor
 ) -> torch.Tensor:
-    """The clean latents behind x, of x's shape, by both guidances: three rows of the UNet for
-    each row. `sigma` is (row,)."""
+    """The clean latents behind x, of x's shape, by both guidances; `sigma` is (row,).
+
+    Each row takes three of the UNet.
+    """
     null = guidance.null_text.expand(x.shape[0], -1, -1)
     image = guidance.image_latents
     text = torch.cat([null, null, guidance.text])
@@ -314,8 +316,7 @@ class Editor:
         )
 
     def sigmas(self, steps: int) -> torch.Tensor:
-        """The noise levels of a run of so many steps, float32 (steps + 1,), spaced as the model
-        was trained for."""
+        """The noise levels of so many steps, float32 (steps + 1,), spaced as the model wants."""
         trailing = self.model.scheduler_config.get("timestep_spacing") == "trailing"
         spacing: Spacing = "trailing" if trailing else "linspace"
         return self.model.schedule.sigmas(steps, spacing=spacing)

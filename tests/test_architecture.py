@@ -25,8 +25,18 @@ LINES = (
     },
     # presets gathers the configs of the lines above; nothing above reads it
     {
-        *("editor", "evaluation", "gallery", "miniature", "presets", "previews", "card"),
-        *("remote_editor", "picture_folder"),
+        *(
+            "editor",
+            "engine",
+            "remote_editor",
+            "picture_folder",
+            "evaluation",
+            "gallery",
+            "miniature",
+            "presets",
+            "previews",
+            "card",
+        ),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
     {"storage", "objects", "lease", "mirror"},

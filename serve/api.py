@@ -1,0 +1,437 @@
+"""The HTTP API: OpenAI's images API, health, and the page's door. Knows no Ray and no torch.
+
+Source: the OpenAI API reference, `POST /v1/images/edits`; fields of ours are in `form.EditForm`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ipaddress
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ip2p_ray.errors import ConfigError, DeadlineError, ImageError
+from serve.counting import Counting
+from serve.form import Asked, Limits, read_form, request_schema, understand
+from serve.keys import Keys, RateLimit
+from serve.orders import BusyError, Edited, Editing, ReplicaLostError
+from serve.problems import Problem, retry_after
+
+logger = logging.getLogger("ip2p_ray.service")
+
+FREE = ("/healthz", "/readyz")
+"""Paths that need no key: a load balancer has none."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiConfig:
+    """How the API answers."""
+
+    model: str
+    """The name under which the model is served."""
+    limits: Limits = field(default_factory=Limits)
+    keys: Keys = field(default_factory=lambda: Keys([]))
+    """Without any, only the machine's own addresses are answered."""
+    allow_unauthenticated: bool = False
+    """Answer other machines without keys too."""
+    requests_per_minute: float | None = None
+    """Pictures a minute that each key may ask for, of each process that answers; None for no
+    limit."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call this API from a browser."""
+    log_prompts: bool = False
+    """Instructions may stand in the log."""
+    page: str | None = None
+    """Where the page is; `/` leads there."""
+
+
+def create_api(config: ApiConfig, editing: Editing, counting: Counting | None = None) -> FastAPI:
+    """The ASGI application."""
+    app: FastAPI = FastAPIOffline(
+        title="ip2p_ray editor",
+        description="Edits a picture as a sentence tells it. Speaks OpenAI's images API.",
+        version="1",
+    )
+    service = _Service(config, editing, counting or Counting())
+    errors: dict[int | str, dict[str, Any]] = {
+        status: _error_schema(text) for status, text in _STATUSES.items()
+    }
+    app.add_api_route(
+        "/v1/images/edits",
+        service.edit,
+        methods=["POST"],
+        summary="Edit a picture",
+        responses={200: _ANSWER, **errors},
+        openapi_extra={"requestBody": request_schema()},
+        response_class=JSONResponse,
+    )
+    app.add_api_route("/v1/models", service.models, methods=["GET"], responses={401: errors[401]})
+    app.add_api_route("/healthz", service.healthz, methods=["GET"])
+    app.add_api_route("/readyz", service.readyz, methods=["GET"], responses={503: errors[503]})
+    if config.page is not None:
+        app.add_api_route("/", service.door, methods=["GET"], include_in_schema=False)
+    app.add_exception_handler(Problem, service.tell)
+    app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(Exception, _unforeseen)
+    app.add_middleware(_Guard, service=service)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    return app
+
+
+class _Guard:
+    """Lets requests in, and notes each in the log."""
+
+    def __init__(self, app: ASGIApp, service: _Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+        request = Request(scope)
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._service.let_in(request)
+        except Problem as problem:
+            response = await self._service.tell(request, problem)
+            await response(scope, receive, noted)
+        else:
+            await self._app(scope, receive, noted)
+        finally:
+            self._service.note(request, status, time.monotonic() - began)
+
+
+class _Service:
+    def __init__(self, config: ApiConfig, editing: Editing, counting: Counting) -> None:
+        self._config, self._editing, self._counting = config, editing, counting
+        self._created = int(time.time())
+        self._rates = (
+            None if config.requests_per_minute is None else RateLimit(config.requests_per_minute)
+        )
+        self._usual_s = 1.0  # a running mean of what a request takes
+
+    def let_in(self, request: Request) -> None:
+        """Raises: Problem 401 or 403 for who may not ask."""
+        if request.url.path in FREE:
+            return
+        keys = self._config.keys
+        if len(keys):
+            key = keys.find(request.headers.get("authorization"))
+            if key is None:
+                raise Problem(
+                    401,
+                    "no valid API key: send one as 'Authorization: Bearer KEY'",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+            request.state.key = key
+        elif not self._config.allow_unauthenticated and not _is_loopback(request):
+            raise Problem(
+                403,
+                "this service has no API keys and answers its own machine only; its operator sets "
+                "IP2P_API_KEYS_FILE or allow_unauthenticated",
+                code="keys_required",
+            )
+
+    async def edit(self, request: Request) -> Response:
+        """Edit a picture as the prompt tells; the seed used comes back."""
+        limits = self._config.limits
+        data = await read_form(request, limits)
+        try:
+            asked = await understand(data, limits, self._config.model)
+        finally:
+            await data.close()
+        self._take_tokens(request, len(asked.order.seeds))
+        request.state.told = self._told(asked)
+        if asked.form.stream:
+            return await self._stream(asked)
+        began = time.monotonic()
+        made = await _while_connected(request, self._editing.edit(asked.order), self._problem)
+        self._usual_s += 0.1 * (time.monotonic() - began - self._usual_s)
+        first = made[0]
+        return JSONResponse(
+            {
+                "created": int(time.time()),
+                "data": [{"b64_json": _base64(each), "seed": each.seed} for each in made],
+                **_described(asked, first),
+                "steps": first.steps,
+                "text_guidance_scale": first.text_guidance_scale,
+                "image_guidance_scale": first.image_guidance_scale,
+            }
+        )
+
+    async def _stream(self, asked: Asked) -> Response:
+        stream = self._editing.stream(asked.order)
+        # up to the first event, a failure still has a status
+        try:
+            first = await anext(stream)
+        except Exception as error:
+            raise self._problem(error) from error
+        return StreamingResponse(
+            self._events(asked, first, stream),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+    async def _events(
+        self, asked: Asked, first: Edited, rest: AsyncIterator[Edited]
+    ) -> AsyncIterator[bytes]:
+        index = 0
+        edited: Edited | None = first
+        try:
+            while edited is not None:
+                yield _event(asked, edited, index)
+                index += 1
+                edited = await anext(rest, None)
+        except Exception as error:  # noqa: BLE001 raised again, unless it was foreseen
+            problem = self._problem(error)
+            self._counting.refused(problem.reason)
+            yield _sse("error", problem.body)
+        finally:
+            await rest.aclose()  # type: ignore[attr-defined]
+
+    async def models(self) -> dict[str, Any]:
+        """The model that is served."""
+        entry = {
+            "id": self._config.model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "ip2p_ray",
+        }
+        return {"object": "list", "data": [entry]}
+
+    async def healthz(self) -> dict[str, str]:
+        """Answers while the process lives."""
+        return {"status": "ok"}
+
+    async def readyz(self) -> dict[str, str]:
+        """Answers 200 when requests are taken."""
+        if not await self._editing.ready():
+            raise Problem(503, "no replica is ready yet", headers=retry_after(5))
+        return {"status": "ready"}
+
+    async def door(self) -> Response:
+        """Leads to the page."""
+        return RedirectResponse(f"{self._config.page}/")
+
+    def _take_tokens(self, request: Request, pictures: int) -> None:
+        key = getattr(request.state, "key", None)
+        if self._rates is None or key is None:
+            return
+        wait = self._rates.wait_s(key, pictures)
+        if wait > 0:
+            raise Problem(
+                429,
+                f"this key may ask for {self._config.requests_per_minute:g} pictures a minute; "
+                f"come again in {wait:.0f} s",
+                code="rate_limit_exceeded",
+                headers=retry_after(wait),
+            )
+
+    async def tell(self, _request: Request, problem: Exception) -> Response:
+        """The answer to a request that cannot be done."""
+        assert isinstance(problem, Problem)
+        self._counting.refused(problem.reason)
+        return problem.response()
+
+    def note(self, request: Request, status: int, seconds: float) -> None:
+        """One line in the log, without picture or key."""
+        self._counting.answered(request.url.path, status, seconds)
+        told = getattr(request.state, "told", "")
+        path = request.url.path[:200]
+        logger.info("%s %r %d %.0f ms%s", request.method, path, status, seconds * 1000, told)
+
+    def _told(self, asked: Asked) -> str:
+        order = asked.order
+        told = f" n={len(order.seeds)} size={asked.form.size} steps={order.steps or 'auto'}"
+        return f"{told} prompt={order.instruction!r}" if self._config.log_prompts else told
+
+    def _problem(self, error: Exception) -> Problem:
+        """What is answered to a failure of whoever edits; what nobody foresaw is raised again."""
+        if isinstance(error, Problem):
+            return error
+        if isinstance(error, ImageError):
+            param = "mask" if str(error).startswith("mask") else "image"
+            return Problem(400, str(error), param=param, code="invalid_image")
+        if isinstance(error, ConfigError):
+            param = str(error).partition(" ")[0].rstrip(":")
+            return Problem(400, str(error), param=param)
+        if isinstance(error, DeadlineError):
+            # a client would only spend as long again
+            headers = {"x-should-retry": "false"}
+            return Problem(408, str(error), code="deadline_exceeded", headers=headers)
+        if isinstance(error, BusyError):
+            return Problem(
+                429,
+                "as many requests wait as this service takes; come again",
+                code="queue_full",
+                headers=retry_after(self._usual_s),
+            )
+        if isinstance(error, ReplicaLostError):
+            return Problem(
+                503,
+                "what edited the picture went away twice; send it again",
+                code="replica_lost",
+                headers=retry_after(5),
+            )
+        raise error
+
+
+async def _while_connected(
+    request: Request, work: Awaitable[T], problem: Callable[[Exception], Problem]
+) -> T:
+    """What the work returns; it is cancelled when whoever asked is gone."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Problem(499, "whoever asked is gone", code="client_gone")
+        try:
+            return task.result()
+        except Exception as error:
+            raise problem(error) from error
+    finally:
+        for each in (task, gone):
+            each.cancel()
+
+
+def _is_loopback(request: Request) -> bool:
+    """Whether the connection came in by an address of the machine alone."""
+    host = (request.scope.get("server") or ("",))[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("localhost", "testserver")
+
+
+def _described(asked: Asked, edited: Edited) -> dict[str, Any]:
+    return {
+        "size": f"{edited.width}x{edited.height}",
+        "output_format": asked.form.output_format,
+        "quality": "auto",
+        "background": "opaque",
+    }
+
+
+def _event(asked: Asked, edited: Edited, index: int) -> bytes:
+    common = {
+        "b64_json": _base64(edited),
+        "created_at": int(time.time()),
+        **_described(asked, edited),
+        "seed": edited.seed,
+        "step": edited.step,
+        "steps": edited.steps,
+    }
+    if edited.is_preview:
+        return _sse("image_edit.partial_image", {**common, "partial_image_index": index})
+    details = {"image_tokens": 0, "text_tokens": 0}
+    usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    scales = {
+        "text_guidance_scale": edited.text_guidance_scale,
+        "image_guidance_scale": edited.image_guidance_scale,
+    }
+    usage_told = {"usage": {**usage, "input_tokens_details": details}}
+    return _sse("image_edit.completed", {**common, **scales, **usage_told})
+
+
+def _sse(kind: str, body: dict[str, Any]) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **body})}\n\n".encode()
+
+
+def _base64(edited: Edited) -> str:
+    return base64.b64encode(edited.data).decode("ascii")
+
+
+async def _http_problem(_request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in the same shape as all else."""
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    return Problem(error.status_code, str(error.detail), headers=headers).response()
+
+
+async def _unforeseen(_request: Request, _error: Exception) -> Response:
+    """Whatever nobody thought of; the server's log has it, the answer does not."""
+    return Problem(500, "something went wrong here; the operator's log says what").response()
+
+
+_STATUSES = {
+    400: "A field cannot be used; `param` names it.",
+    401: "No key, or a wrong one.",
+    403: "No keys are configured, and the request comes from another machine.",
+    404: "Another model than the one that is served.",
+    408: "Not done before the deadline.",
+    413: "The body is too long.",
+    415: "Not multipart/form-data.",
+    429: "Too many requests wait, or of this key; Retry-After says when to come again.",
+    503: "Whatever edits is gone or not there yet; Retry-After says when to come again.",
+}
+
+
+def _error_schema(description: str) -> dict[str, Any]:
+    text = {"type": "string"}
+    maybe = {"type": ["string", "null"]}
+    error = {
+        "type": "object",
+        "required": ["message", "type", "param", "code"],
+        "properties": {"message": text, "type": text, "param": maybe, "code": maybe},
+    }
+    schema = {"type": "object", "required": ["error"], "properties": {"error": error}}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+_PICTURE = {
+    "type": "object",
+    "required": ["b64_json", "seed"],
+    "properties": {"b64_json": {"type": "string"}, "seed": {"type": "integer"}},
+}
+_ANSWER = {
+    "description": "The pictures; with stream, events whose data are JSON.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["created", "data", "size", "output_format"],
+                "properties": {
+                    "created": {"type": "integer"},
+                    "data": {"type": "array", "items": _PICTURE},
+                    "size": {"type": "string"},
+                    "output_format": {"type": "string"},
+                    "quality": {"type": "string"},
+                    "background": {"type": "string"},
+                    "steps": {"type": "integer"},
+                    "text_guidance_scale": {"type": "number"},
+                    "image_guidance_scale": {"type": "number"},
+                },
+            }
+        },
+        "text/event-stream": {"schema": {"type": "string"}},
+    },
+}
