@@ -39,7 +39,7 @@ HEADERS = [
     (b"x-content-type-options", b"nosniff"),
 ]
 ICON = (
-    "<link rel=\"icon\" href=\"data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' "
+    '<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns=\'http://www.w3.org/2000/svg\' '
     "viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='4' fill='%230d9488'/%3E"
     "%3Cpath d='M8 0h4a4 4 0 0 1 4 4v8a4 4 0 0 1-4 4H8z' fill='%23f59e0b'/%3E%3C/svg%3E\">"
 )

@@ -96,11 +96,15 @@ class Page:
         self.history = gr.State([], time_to_live=SESSION_S)
         with gr.Row(elem_id="bench"):
             with gr.Column(min_width=300, elem_id="asking"):
-                self._build_asking(drawn_only)
+                self._build_asking()
             with gr.Column(min_width=300, elem_id="showing"):
                 self._build_showing()
+            with gr.Column(min_width=300, elem_id="tuning"):
+                self._build_settings()
+                if drawn_only:
+                    gr.Markdown(words.DRAWN_ONLY, elem_id="note")
 
-    def _build_asking(self, drawn_only: bool) -> None:
+    def _build_asking(self) -> None:
         self.key = gr.Textbox(
             label="Key",
             info="This editor asks who you are. The key is sent with each picture and not kept.",
@@ -119,10 +123,12 @@ class Page:
             elem_id="picture",
         )
         folder = self.picture.GRADIO_CACHE
-        shipped = [
-            save_bytes_to_cache(encode_png(to_pil(words.drawn(scene))), f"drawn-{n}.png", folder)
-            for n, scene in enumerate(words.SCENES, 1)
-        ]
+        shipped = []
+        for scene in words.SCENES:
+            caption, drawn = words.drawn(scene)
+            # the script of the page tells the name to those who cannot see the picture
+            name = f"{caption.replace(' ', '-')}.png"
+            shipped.append(save_bytes_to_cache(encode_png(to_pil(drawn)), name, folder))
         self.shipped_files = shipped
         self.shipped = gr.Dataset(
             label="Or one of these",
@@ -149,9 +155,6 @@ class Page:
         with gr.Row():
             self.go = gr.Button("Edit", variant="primary", elem_id="go")
             self.stop = gr.Button("Stop", visible=False, elem_id="stop")
-        self._build_settings()
-        if drawn_only:
-            gr.Markdown(words.DRAWN_ONLY, elem_classes="note")
 
     def _build_settings(self) -> None:
         defaults = self._defaults
@@ -216,6 +219,7 @@ class Page:
             label="What was tried",
             format="png",
             columns=4,
+            fit_columns=False,
             allow_preview=False,
             object_fit="contain",
             height="auto",

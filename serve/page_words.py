@@ -7,7 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ip2p_ray.errors import AccessError, EditError, ImageError, ServiceError
-from ip2p_ray.miniature.grammar import instruction, random_wording
+from ip2p_ray.miniature.grammar import (
+    Wording,
+    caption,
+    describe,
+    instruction,
+    random_wording,
+)
 from ip2p_ray.miniature.scenes import (
     EDIT_TYPES,
     Layout,
@@ -18,7 +24,7 @@ from ip2p_ray.miniature.scenes import (
 )
 
 IDLE = """<div class="told idle"><p><b>The edited picture appears here.</b></p>
-<p>1. Choose a picture. 2. Say what should change. 3. Press Enter.</p></div>"""
+<p>Choose a picture, say what should change, press Enter.</p></div>"""
 
 ADVICE = """\
 - **Too little changes?** Lower *Keep the picture*, or raise *Follow the sentence*.
@@ -70,9 +76,9 @@ SCENES = (
 """Pictures of the drawn world to begin with."""
 
 
-def drawn(scene: Scene) -> NDArray[np.uint8]:
-    """uint8 (64, 64, 3)."""
-    return draw(scene)
+def drawn(scene: Scene) -> tuple[str, NDArray[np.uint8]]:
+    """Its caption, and the picture: uint8 (64, 64, 3)."""
+    return caption(describe(scene), Wording(0, 0, 0)), draw(scene)
 
 
 def suggestions(scene: Scene, count: int = 5) -> list[str]:
@@ -94,7 +100,9 @@ def told_error(error: Exception) -> str:
     """The error in the words of somebody who edits pictures."""
     said = str(error)
     if isinstance(error, AccessError):
-        return told("The editor wants a key.", "Type it into the field Key, then press Edit again.")
+        wants = "without a key" in said
+        title = "The editor wants a key." if wants else "The key is not the right one."
+        return told(title, "Type it into the field Key, then press Edit again.")
     if isinstance(error, ServiceError) and "no place now" in said:
         seconds = max(round(error.retry_after_s or 1.0), 1)
         return told(

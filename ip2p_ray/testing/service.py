@@ -54,7 +54,6 @@ class FakeService:
 
     def __init__(self, behaviour: ServiceBehaviour | None = None) -> None:
         self.behaviour = behaviour or ServiceBehaviour()
-        """How it behaves; may be replaced while it runs."""
         self.received: deque[dict[str, Any]] = deque(maxlen=1000)
         """Fields of the last requests for edits, files as bytes."""
         self.edits = 0
@@ -65,7 +64,6 @@ class FakeService:
         """Edits that were in work at the same time."""
         self.url = ""
         """As soon as it runs."""
-        self._refused = 0
         routes = [
             Route("/v1/models", self._models),
             Route("/v1/images/edits", self._edit, methods=["POST"]),
@@ -75,6 +73,15 @@ class FakeService:
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    @property
+    def behaviour(self) -> ServiceBehaviour:
+        """How it behaves; may be replaced while it runs, and then counts from the start."""
+        return self._behaviour
+
+    @behaviour.setter
+    def behaviour(self, behaviour: ServiceBehaviour) -> None:
+        self._behaviour, self._refused = behaviour, 0
 
     def __enter__(self) -> FakeService:
         self._thread.start()
