@@ -265,12 +265,9 @@ class Page:
                 change, [*settings, self.seed], [*settings, self.fresh, self.seed], **at_once
             )
             begun.append(moved.then(self.edit, **editing))
-        self.stop.click(
-            self.stopped,
-            None,
-            [self.stage, self.go, self.stop],
-            cancels=begun,
-            **at_once,
+        # one after the other: a late preview would take the place of what `stopped` shows
+        self.stop.click(None, cancels=begun, **at_once).then(
+            self.stopped, None, [self.stage, self.go, self.stop], **at_once
         )
         self.shipped.click(self.choose, [self.shipped], [self.picture, self.examples], **at_once)
         self.examples.click(
