@@ -29,6 +29,7 @@ LINES = (
             "editor",
             "engine",
             "remote_editor",
+            "picture_folder",
             "evaluation",
             "gallery",
             "miniature",
@@ -51,7 +52,7 @@ ONLY_IN = {
     "boto3": ("objects",),
     "botocore": ("objects",),
     "moto": (TESTING,),
-    "openai": ("triplets.endpoint", "triplets.writer", "triplets.openai_finetune"),
+    "openai": ("triplets.endpoint", "triplets.writer", "triplets.openai_finetune", "remote_editor"),
     "open_clip": ("clip", "miniature", TESTING),
 }
 """Which parts may import a heavy or optional library."""
