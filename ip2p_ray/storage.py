@@ -159,6 +159,24 @@ def remove_all(uri: str | Path) -> None:
         remove_folder(local_path(uri))
 
 
+def download(uri: str, folder: str | Path) -> None:
+    """Every object below s3://... as a file in the folder.
+
+    Raises:
+        DatasetError: nothing lies there, or a name would leave the folder.
+        StorageError: object storage refuses, or cannot be reached.
+    """
+    names = [found.name for found in objects.listing(uri)]
+    if not names:
+        raise DatasetError(f"nothing lies below {uri}")
+    for name in names:
+        path = Path(folder) / name
+        if ".." in path.parts or Path(name).is_absolute():
+            raise DatasetError(f"{join(uri, name)} is no name for a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        objects.read_file(join(uri, name), path)
+
+
 def opened(uri: str | Path) -> Any:
     """What `pyarrow.parquet` reads a file or an object from, by parts."""
     return objects.opened(str(uri)) if objects.is_object(uri) else local_path(uri)

@@ -152,7 +152,7 @@ class _Service:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             request.state.key = key
-        elif not self._config.allow_unauthenticated and not _is_loopback(request):
+        elif not self._config.allow_unauthenticated and not is_loopback(_server(request)):
             raise Problem(
                 403,
                 "this service has no API keys and answers its own machine only; its operator sets "
@@ -323,13 +323,17 @@ async def _while_connected(
             each.cancel()
 
 
-def _is_loopback(request: Request) -> bool:
-    """Whether the connection came in by an address of the machine alone."""
-    host = (request.scope.get("server") or ("",))[0]
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from the same machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host in ("localhost", "testserver")
+        return host == "localhost"
+
+
+def _server(request: Request) -> str:
+    """By which of the machine's addresses the connection came in."""
+    return str((request.scope.get("server") or ("",))[0])
 
 
 def _described(asked: Asked, edited: Edited) -> dict[str, Any]:

@@ -15,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are tiny: threads wait for each other longer than they compute, the more so where other
 # work runs, and one thread adds up in the same order every time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Serve's replicas report once in 10 s else, and a test of autoscaling waits for it several times.
+for reporter in ("REPLICA", "HANDLE"):
+    os.environ.setdefault(f"RAY_SERVE_{reporter}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")

@@ -109,7 +109,7 @@ class Engine:
         """As `submit`, of all the requests or of none."""
         with self._changed:
             if self._closing or self._failure is not None:
-                raise QueueFullError("the engine is closing")
+                raise QueueFullError("the engine is closed")
             # a place in the batch that is free is no place in the queue
             free = max(0, self._most - len(self._running))
             if self._waiting + len(requests) > self.config.max_waiting + free:
@@ -192,11 +192,11 @@ class Engine:
             logger.exception("the engine has stopped")
             with self._changed:
                 self._failure = error
-                rows = [*self._running, *self._ready]
+                tickets = list(self._open)
                 self._running.clear()
                 self._ready.clear()
-            for row in rows:
-                _settle(row.ticket, error)
+            for ticket in tickets:
+                _settle(ticket, error)
 
     def _admit(self) -> bool:
         """Waits until there is something to do; False once there never will be."""
@@ -283,7 +283,6 @@ class Engine:
             self._most = len(rows) // 2
             logger.warning("memory is short: %d requests at a time from here on", self._most)
             batch.scatter()
-            self._formed.clear()
             with self._changed:
                 for row in reversed(rows[self._most :]):
                     self._running.remove(row)
