@@ -106,7 +106,7 @@ class TrainingBenchmark:
 
 @dataclass(frozen=True, kw_only=True)
 class EditorBenchmark:
-    """The editor behind HTTP under load: requests one by one, in whole batches, in steps' batches."""
+    """The editor behind HTTP: requests one by one, whole requests batched, steps batched."""
 
     model: str | None = None
     """Folder or hub id of the editor; by default the shipped miniature's."""
