@@ -130,9 +130,10 @@ def test_openais_asynchronous_client_streams(service):
 
 
 def test_a_stream_without_previews_is_the_picture_alone(service):
-    with client(service) as api, api.images.edit(
-        image=PICTURE, prompt="make it night", stream=True, **own()
-    ) as stream:
+    with (
+        client(service) as api,
+        api.images.edit(image=PICTURE, prompt="make it night", stream=True, **own()) as stream,
+    ):
         assert [event.type for event in stream] == ["image_edit.completed"]
 
 
@@ -147,13 +148,16 @@ def test_a_stream_is_server_sent_events_that_no_proxy_keeps(service):
 
 def test_a_stream_that_fails_on_its_way_says_so(start):
     service = start(limits=PATIENT)
-    with client(service) as api, api.images.edit(
-        image=PICTURE,
-        prompt="make it night",
-        stream=True,
-        partial_images=500,
-        **own(steps=5000, deadline_s=2.0),
-    ) as stream:
+    with (
+        client(service) as api,
+        api.images.edit(
+            image=PICTURE,
+            prompt="make it night",
+            stream=True,
+            partial_images=500,
+            **own(steps=5000, deadline_s=2.0),
+        ) as stream,
+    ):
         assert next(stream).type == "image_edit.partial_image"
         with pytest.raises(openai.APIError, match="not done after 2 s") as raised:
             list(stream)
@@ -210,10 +214,17 @@ def test_outside_of_the_mask_previews_change_nothing_either(service):
     alpha = np.full((32, 32), 255, np.uint8)
     alpha[:16] = 0
     mask = encoded(Image.fromarray(np.dstack([pixels, alpha])))
-    with client(service) as api, api.images.edit(
-        image=PICTURE, mask=mask, prompt="make it night", stream=True, partial_images=1,
-        **own(steps=2),
-    ) as stream:
+    with (
+        client(service) as api,
+        api.images.edit(
+            image=PICTURE,
+            mask=mask,
+            prompt="make it night",
+            stream=True,
+            partial_images=1,
+            **own(steps=2),
+        ) as stream,
+    ):
         for event in stream:
             np.testing.assert_array_equal(opened(event.b64_json)[16:], pixels[16:])
 
@@ -300,7 +311,13 @@ def test_what_nobody_thought_of_is_answered_without_its_details(caplog):
 
 
 def test_a_path_or_method_that_is_not_there_is_told_in_the_same_shape(service):
-    for path in ("/v1/images/generations", "/nothing", "/docs/x", "/static-offline-docs/no", "/%00"):
+    for path in (
+        "/v1/images/generations",
+        "/nothing",
+        "/docs/x",
+        "/static-offline-docs/no",
+        "/%00",
+    ):
         assert "there is no" in problem(httpx.get(service.url + path), 404)["message"]
     answer = httpx.get(service.url + EDITS)
     assert problem(answer, 405)["message"] == f"'{EDITS}' takes POST, got GET"

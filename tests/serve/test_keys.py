@@ -28,7 +28,16 @@ def test_a_key_is_found_by_its_number():
 @pytest.mark.parametrize(
     "header",
     [
-        *(None, "", KEY, "Bearer", "Bearer ", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}"),
+        *(
+            None,
+            "",
+            KEY,
+            "Bearer",
+            "Bearer ",
+            f"Basic {KEY}",
+            f"Bearer {KEY}x",
+            f"Bearer {KEY[:-1]}",
+        ),
         *(f"Bearer {KEY.upper()}", f"Bearer {KEY} {KEY}", f"Bearer {KEY},{OTHER}", "Bearer \udcff"),
     ],
 )

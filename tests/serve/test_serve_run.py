@@ -28,6 +28,8 @@ def serve_run(folder, host="127.0.0.1"):
     config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text("utf-8"))
     port = free_port()
     config["http_options"] = {"host": host, "port": port}
+    named = {each["name"]: each for each in config["applications"]}
+    named["page"]["args"]["server"] = f"http://127.0.0.1:{port}"
     path, log = folder / "config.yaml", folder / "log.txt"
     path.write_text(yaml.safe_dump(config))
     command = [Path(sys.executable).with_name("serve"), "run", "--address", "local", str(path)]
