@@ -11,7 +11,10 @@ Ip2pError
 |-- QueueFullError    an engine has as many requests waiting as it takes
 |-- DeadlineError     a request took longer than it was allowed
 |-- BudgetError    a spending cap or the account's quota is reached; what was paid is kept
-`-- StageError     a stage of the flow failed, or rejected more rows than it may
+|-- StageError     a stage of the flow failed, or rejected more rows than it may
+|-- EditError      the editing service could not finish one edit
+`-- ServiceError   the editing service cannot be reached, or has no place now
+    `-- AccessError  it wants a key, or another one
 
 ConfigError and ImageError are ValueErrors too. No class has an `__init__`, so that each survives
 pickling between Ray processes.
@@ -66,3 +69,18 @@ class BudgetError(Ip2pError):
 
 class StageError(Ip2pError):
     """A stage failed as a whole; the text names the stage."""
+
+
+class EditError(Ip2pError):
+    """The editing service could not finish one edit; the text says why."""
+
+
+class ServiceError(Ip2pError):
+    """The editing service cannot be reached, has no place now, or is none; the text says which."""
+
+    retry_after_s: float | None = None
+    """Seconds after which the same request may succeed; None where waiting does not help."""
+
+
+class AccessError(ServiceError):
+    """The editing service wants a key, or another one than was sent."""

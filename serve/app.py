@@ -31,41 +31,41 @@ class ServiceConfig(BaseModel):
     device: str = "cpu"
     """Where replicas compute, "cuda" with `num_gpus`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
     """GPUs that each replica holds."""
-    num_cpus: float = Field(1.0, ge=0)
+    num_cpus: float = Field(default=1.0, ge=0)
     """CPUs that each replica holds."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
     """Of torch in a step; on a CPU two more threads encode and decode."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Requests a replica takes steps of at a time."""
-    max_ongoing: int | None = Field(None, ge=1)
+    max_ongoing: int | None = Field(default=None, ge=1)
     """Requests a replica holds, the batch among them; by default twice the batch."""
-    max_queued: int = Field(32, ge=0)
+    max_queued: int = Field(default=32, ge=0)
     """Requests that wait for a replica; beyond, 429 is answered at once."""
-    min_replicas: int = Field(1, ge=0)
+    min_replicas: int = Field(default=1, ge=0)
     """0 ends the last replica when nothing is asked for; the next request waits for a start."""
-    max_replicas: int = Field(1, ge=1)
-    target_ongoing: float | None = Field(None, gt=0)
+    max_replicas: int = Field(default=1, ge=1)
+    target_ongoing: float | None = Field(default=None, gt=0)
     """Requests a replica is meant to have at a time; more ask for another. By default the batch."""
-    upscale_delay_s: float = Field(5.0, ge=0)
-    downscale_delay_s: float = Field(300.0, ge=0)
-    look_back_s: float = Field(15.0, gt=0)
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    downscale_delay_s: float = Field(default=300.0, ge=0)
+    look_back_s: float = Field(default=15.0, gt=0)
     """Seconds over which ongoing requests are averaged to tell how many replicas are wanted; more
     than the 10 s after which replicas report."""
-    drain_s: float = Field(60.0, ge=0)
+    drain_s: float = Field(default=60.0, ge=0)
     """Seconds that a replica which is to end may take for what it has begun."""
-    fronts: int = Field(1, ge=1)
+    fronts: int = Field(default=1, ge=1)
     """Processes that speak HTTP."""
-    max_body_mb: float = Field(20.0, gt=0)
-    max_pictures: int = Field(4, ge=1)
+    max_body_mb: float = Field(default=20.0, gt=0)
+    max_pictures: int = Field(default=4, ge=1)
     """The largest n."""
-    max_steps: int = Field(100, ge=1)
-    deadline_s: float = Field(300.0, gt=0)
+    max_steps: int = Field(default=100, ge=1)
+    deadline_s: float = Field(default=300.0, gt=0)
     """The most that a request may take."""
     allow_unauthenticated: bool = False
     """Answer other machines without API keys."""
-    requests_per_minute: float | None = Field(None, gt=0)
+    requests_per_minute: float | None = Field(default=None, gt=0)
     """Pictures of each key, and of each of `fronts`."""
     cors_origins: list[str] = []
     log_prompts: bool = False

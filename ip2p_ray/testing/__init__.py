@@ -4,6 +4,7 @@
     generator  candidates with made-up scores
     buckets    a server that speaks S3, and a way to it on which requests go wrong
     server     an OpenAI-compatible server that goes wrong on purpose; `python -m ip2p_ray.testing`
+    service    an editing service without a model, which goes wrong when it is told to
 
 Names are imported from here; what needs torch is loaded when it is first asked for.
 """
@@ -33,16 +34,19 @@ if TYPE_CHECKING:
         edit,
         faulty_process,
     )
+    from ip2p_ray.testing.service import FakeService, ServiceBehaviour
 
 __all__ = [
     "PIECES",
     "WORDS",
     "Behaviour",
     "Counts",
+    "FakeService",
     "Faults",
     "FaultyServer",
     "FaultyWay",
     "ScriptedGenerator",
+    "ServiceBehaviour",
     "WayFaults",
     "bucket_process",
     "edit",
@@ -59,6 +63,7 @@ _MODULES = {
     "ScriptedGenerator": "generator",
     **dict.fromkeys(("Behaviour", "Counts", "Faults", "FaultyServer"), "server"),
     **dict.fromkeys(("edit", "faulty_process"), "server"),
+    **dict.fromkeys(("FakeService", "ServiceBehaviour"), "service"),
 }
 
 
