@@ -461,6 +461,18 @@ _PICTURE = {
     "required": ["b64_json", "seed"],
     "properties": {"b64_json": {"type": "string"}, "seed": {"type": "integer"}},
 }
+_EVENT = {
+    "description": "Of each event. Partial images, and at last the picture or an error.",
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {
+            "type": "string",
+            "enum": ["image_edit.partial_image", "image_edit.completed", "error"],
+        },
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
 _ANSWER = {
     "description": "The pictures; with stream, events whose data are JSON.",
     "content": {
@@ -481,6 +493,6 @@ _ANSWER = {
                 },
             }
         },
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {"schema": _EVENT},
     },
 }

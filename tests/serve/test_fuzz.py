@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from PIL import Image, PngImagePlugin
@@ -253,6 +253,17 @@ CHECKS = [
 ]
 
 
+@st.composite
+def drawn(draw, strategy):
+    """What a strategy gives, but where schemathesis 4.32 cannot read bytes that it made itself."""
+    try:
+        return draw(strategy)
+    except ValueError as error:
+        if "Unsupported type: 'Binary'" in str(error):
+            reject()
+        raise
+
+
 def send_described(service, count):
     """What schemathesis makes of the document, half of it against the document's word."""
     schema = schemathesis.openapi.from_dict(service.document)
@@ -261,7 +272,7 @@ def send_described(service, count):
         strategy = operation.as_strategy(generation_mode=mode)
 
         @settings(max_examples=count // 2, suppress_health_check=list(HealthCheck), database=None)
-        @given(case=strategy, is_sound=st.booleans())
+        @given(case=drawn(strategy), is_sound=st.booleans())
         def send(case, is_sound):
             if is_sound and isinstance(case.body, dict) and "image" in case.body:
                 case.body["image"] = SOUND
