@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import io
 import re
+import secrets
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -24,6 +25,7 @@ MAX_PIXELS = 25_000_000
 KEPT = 24
 """Tries that the history holds."""
 PREVIEWS = 8
+SEEDS = 2**31
 SESSION_S = 6 * 3600
 FILES_S = 24 * 3600
 
@@ -34,7 +36,7 @@ THEME = gr.themes.Base(
     # the style sheet names the fonts of the system: nothing is fetched
     font=[gr.themes.Font("sans-serif")],
     font_mono=[gr.themes.Font("monospace")],
-)
+).set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
 CSS = Path(__file__).with_name("page.css").read_text("utf-8")
 HEAD = f"<script>{Path(__file__).with_name('page.js').read_text('utf-8')}</script>"
 
@@ -192,6 +194,7 @@ class Page:
                 info="The same seed and settings give the same picture.",
                 precision=0,
                 minimum=0,
+                maximum=2**53 - 1,
                 elem_id="seed",
             )
             gr.Markdown(words.ADVICE, elem_id="advice")
@@ -357,7 +360,8 @@ class Page:
                 instruction.strip(),
                 previews=PREVIEWS,
                 api_key=key or None,
-                seed=None if fresh or seed is None else int(seed),
+                # a browser's numbers are exact to 2**53, the service's own seeds go further
+                seed=secrets.randbelow(SEEDS) if fresh or seed is None else int(seed),
                 steps=int(steps),
                 text_guidance_scale=text_scale,
                 image_guidance_scale=image_scale,
