@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -266,11 +266,13 @@ def plot(
     legend: bool = True,
     ticks: int = 4,
     from_zero: bool = False,
+    logarithmic: bool = False,
 ) -> Markup:
     """Lines through the points of each series as an inline SVG; empty where there is no point.
 
     Without `legend` the names are told elsewhere, in the order of COLOURS. Each axis has at least
-    so many `ticks`. With `from_zero` y begins at 0, for what is never below.
+    so many `ticks`. With `from_zero` y begins at 0, for what is never below; with `logarithmic`
+    equal ways up are equal factors, for values above 0 alone.
     """
     points = [point for line in series for point in line.points]
     if not points:
@@ -281,10 +283,13 @@ def plot(
         points += [(points[0][0], 0.0), (points[0][0], max(y for _, y in points) or 1.0)]
     left, right, top, bottom = 62, 16, 28 if legend else 16, 46
     x_ticks, y_ticks = (_ticks(values, ticks) for values in zip(*points, strict=True))
+    if logarithmic:
+        y_ticks = _factors([y for _, y in points])
+    scale: Callable[[float], float] = math.log if logarithmic else float
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        up = (scale(y) - scale(y_ticks[0])) / (scale(y_ticks[-1]) - scale(y_ticks[0]))
         return (
             round(left + across * (width - left - right), 1),
             round(height - bottom - up * (height - top - bottom), 1),
@@ -346,6 +351,16 @@ def _ticks(values: Sequence[float], least: int = 4) -> list[float]:
     first = math.floor(low / step)
     last = math.ceil(high / step)
     return [round(number * step, 10) for number in range(first, last + 1)]
+
+
+def _factors(values: Sequence[float]) -> list[float]:
+    """Numbers 1, 2, 5, 10, ... whose range holds all values; at least two."""
+    low, high = min(values), max(values)
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    steps = [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)]
+    first = max(index for index, step in enumerate(steps) if step <= low)
+    last = min(index for index, step in enumerate(steps) if step >= high and index > first)
+    return steps[first : last + 1]
 
 
 def _data_uri(data: bytes) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import zlib
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,13 @@ MAX_PIXELS = 50_000_000
 
 # Formats that people upload. A list, because Pillow hands some others to outside programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    *(IndexError, KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError),
+    *(RuntimeError, MemoryError),
+)
+"""What Pillow raises on files that are broken, depending on where."""
 
 UINT8 = npt.NDArray[np.uint8]
 
@@ -52,7 +60,7 @@ def decode_stored(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.I
     """
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            _refuse_large(image, max_pixels)
+            check_pixels(image, max_pixels)
             image.load()
             plain = image.format in ("JPEG", "PNG") and image.mode == "RGB"
             plain = plain and not image.has_transparency_data
@@ -61,8 +69,8 @@ def decode_stored(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.I
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise LargeImageError(f"{error}; at most {max_pixels} are accepted") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
+        raise LargeImageError(far_too_large(max_pixels)) from error
+    except UNREADABLE as error:
         cause = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(
             f"{len(data)} bytes cannot be decoded as an image ({cause}); "
@@ -150,7 +158,13 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _refuse_large(image: Image.Image, max_pixels: int) -> None:
+def far_too_large(max_pixels: int) -> str:
+    """What is said of an image that Pillow does not even open."""
+    return f"the image has far too many pixels: at most {max_pixels} are accepted"
+
+
+def check_pixels(image: Image.Image, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises: LargeImageError for an image, decoded or only opened, of more pixels."""
     pixels = image.width * image.height
     if pixels > max_pixels:
         raise LargeImageError(

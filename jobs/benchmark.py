@@ -8,11 +8,14 @@
     python jobs/benchmark.py pipeline
     python jobs/benchmark.py training --ranks 2 --json training.json
     python jobs/benchmark.py training --sd15 --device cuda --bf16 --batch-size 64
+    python jobs/benchmark.py editor --json editor.json --plot editor.html
+    python jobs/benchmark.py editor --sd15 --device cuda --dtype float16
 
 `triplets` writes triplets of made-up captions against the shipped server, which answers after
 --delay seconds. `pairs` makes the same candidates in the reference's way and in ours. `options`
 tells what each option of the search saves and loses. `pipeline` is what Ray costs the pairs.
-`training` takes the same optimizer steps the plain way and in our loop.
+`training` takes the same optimizer steps the plain way and in our loop. `editor` loads the service
+with requests, its engine beside a pipeline that takes them one by one or in batches.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, n
 
 from ip2p_ray.benchmark import options_job, pairs_job, pipeline, training_job, triplets
 from ip2p_ray.command import loading
+from serve import benchmark as editor_job
 
 BENCHMARKS: dict[str, Any] = {
     "triplets": triplets,
@@ -34,6 +38,7 @@ BENCHMARKS: dict[str, Any] = {
     "options": options_job,
     "pipeline": pipeline,
     "training": training_job,
+    "editor": editor_job,
 }
 """By subcommand: a module whose `Options` are its flags and whose `run` returns the table."""
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import ipaddress
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -33,6 +35,9 @@ logger = logging.getLogger("ip2p_ray.service")
 
 FREE = ("/healthz", "/readyz")
 """Paths that need no key: a load balancer has none."""
+
+LINGER_S = 1.0
+"""How long a body that is refused is read on, so that its sender sees the answer."""
 
 T = TypeVar("T")
 
@@ -58,6 +63,11 @@ class ApiConfig:
     page: str | None = None
     """Where the page is; `/` leads there."""
 
+    def __post_init__(self) -> None:
+        rate = self.requests_per_minute
+        if rate is not None and not 0 < rate < math.inf:
+            raise ConfigError(f"requests_per_minute is a number above 0, got {rate}")
+
 
 def create_api(config: ApiConfig, editing: Editing, counting: Counting | None = None) -> FastAPI:
     """The ASGI application."""
@@ -65,6 +75,8 @@ def create_api(config: ApiConfig, editing: Editing, counting: Counting | None = 
         title="ip2p_ray editor",
         description="Edits a picture as a sentence tells it. Speaks OpenAI's images API.",
         version="1",
+        redoc_url=None,  # its script fetches a picture from outside
+        swagger_ui_parameters={"validatorUrl": None},  # which is a site outside
     )
     service = _Service(config, editing, counting or Counting())
     errors: dict[int | str, dict[str, Any]] = {
@@ -76,7 +88,7 @@ def create_api(config: ApiConfig, editing: Editing, counting: Counting | None = 
         methods=["POST"],
         summary="Edit a picture",
         responses={200: _ANSWER, **errors},
-        openapi_extra={"requestBody": request_schema()},
+        openapi_extra={"requestBody": request_schema(config.limits)},
         response_class=JSONResponse,
     )
     app.add_api_route("/v1/models", service.models, methods=["GET"], responses={401: errors[401]})
@@ -108,24 +120,53 @@ class _Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
+        # the status that whoever is outside of this answers, when nothing is answered here
+        began, status = time.monotonic(), 500
         request = Request(scope)
+        unread = _has_body(request)
+
+        async def reading() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
 
         async def noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if unread:
+                    # or a server would read the rest, however long, to answer the next request
+                    headers = [*message.get("headers", ()), (b"connection", b"close")]
+                    message = {**message, "headers": headers}
+            elif unread and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await _linger(reading)
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
         try:
             self._service.let_in(request)
         except Problem as problem:
             response = await self._service.tell(request, problem)
-            await response(scope, receive, noted)
+            await response(scope, reading, noted)
         else:
-            await self._app(scope, receive, noted)
+            await self._app(scope, reading, noted)
         finally:
             self._service.note(request, status, time.monotonic() - began)
+
+
+def _has_body(request: Request) -> bool:
+    length = request.headers.get("content-length", "0")
+    return length != "0" or "transfer-encoding" in request.headers
+
+
+async def _linger(receive: Receive) -> None:
+    """Reads on for a moment: closing on what was not read may take the answer from the line."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 class _Service:
@@ -139,7 +180,8 @@ class _Service:
 
     def let_in(self, request: Request) -> None:
         """Raises: Problem 401 or 403 for who may not ask."""
-        if request.url.path in FREE:
+        # not request.url, into which older versions of Starlette put the Host header
+        if request.scope["path"] in FREE:
             return
         keys = self._config.keys
         if len(keys):
@@ -171,7 +213,7 @@ class _Service:
         self._take_tokens(request, len(asked.order.seeds))
         request.state.told = self._told(asked)
         if asked.form.stream:
-            return await self._stream(asked)
+            return await self._stream(request, asked)
         began = time.monotonic()
         made = await _while_connected(request, self._editing.edit(asked.order), self._problem)
         self._usual_s += 0.1 * (time.monotonic() - began - self._usual_s)
@@ -187,13 +229,10 @@ class _Service:
             }
         )
 
-    async def _stream(self, asked: Asked) -> Response:
+    async def _stream(self, request: Request, asked: Asked) -> Response:
         stream = self._editing.stream(asked.order)
         # up to the first event, a failure still has a status
-        try:
-            first = await anext(stream)
-        except Exception as error:
-            raise self._problem(error) from error
+        first = await _while_connected(request, anext(stream), self._problem)
         return StreamingResponse(
             self._events(asked, first, stream),
             media_type="text/event-stream",
@@ -263,9 +302,9 @@ class _Service:
 
     def note(self, request: Request, status: int, seconds: float) -> None:
         """One line in the log, without picture or key."""
-        self._counting.answered(request.url.path, status, seconds)
+        path = request.scope["path"][:200]
+        self._counting.answered(path, status, seconds)
         told = getattr(request.state, "told", "")
-        path = request.url.path[:200]
         logger.info("%s %r %d %.0f ms%s", request.method, path, status, seconds * 1000, told)
 
     def _told(self, asked: Asked) -> str:
@@ -374,11 +413,17 @@ def _base64(edited: Edited) -> str:
     return base64.b64encode(edited.data).decode("ascii")
 
 
-async def _http_problem(_request: Request, error: Exception) -> Response:
+async def _http_problem(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the same shape as all else."""
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
-    return Problem(error.status_code, str(error.detail), headers=headers).response()
+    path = repr(request.scope["path"][:100])
+    told = {
+        404: f"there is no {path} here; /docs shows what there is",
+        405: f"{path} takes {headers.get('Allow', 'another method')}, got {request.method[:20]}",
+    }
+    message = told.get(error.status_code, str(error.detail))
+    return Problem(error.status_code, message, headers=headers).response()
 
 
 async def _unforeseen(_request: Request, _error: Exception) -> Response:
@@ -391,7 +436,7 @@ _STATUSES = {
     401: "No key, or a wrong one.",
     403: "No keys are configured, and the request comes from another machine.",
     404: "Another model than the one that is served.",
-    408: "Not done before the deadline.",
+    408: "Not done before the deadline, or the body was not sent in time.",
     413: "The body is too long.",
     415: "Not multipart/form-data.",
     429: "Too many requests wait, or of this key; Retry-After says when to come again.",

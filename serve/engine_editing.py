@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-import struct
 from collections.abc import AsyncIterator, Sequence
 
 from PIL import Image, UnidentifiedImageError
 
 from ip2p_ray.editor import Editor
 from ip2p_ray.engine import Engine, EngineConfig, EngineRequest, Observer, Ticket
-from ip2p_ray.errors import ImageError, QueueFullError
-from ip2p_ray.images import FORMATS
+from ip2p_ray.errors import ImageError, LargeImageError, QueueFullError
+from ip2p_ray.images import FORMATS, MAX_PIXELS, UNREADABLE, check_pixels, far_too_large
 from serve.orders import BusyError, Edited, Order
 
 logger = logging.getLogger(__name__)
@@ -118,25 +117,28 @@ def check_upload(data: bytes) -> None:
     """Looks at an image's header alone.
 
     Raises:
-        ImageError: not an image, an animation, or a strip far longer than wide.
+        ImageError: not an image, one of too many pixels, an animation, or a strip far longer than
+            wide.
     """
     try:
         Image.init()
         with Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN]) as image:
-            frames = getattr(image, "n_frames", 1)
+            check_pixels(image)
             long, short = max(image.size), min(image.size)
-            if frames > 1 and image.format != "MPO":
-                raise ImageError(f"image is an animation of {frames} frames; send one of them")
+            # the second picture of an MPO is the other eye's; frames are not counted, a GIF may
+            # have a million
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise ImageError("image has several frames or pages; send one of them")
             if long > LONGEST * short:
                 raise ImageError(
                     f"image has {image.width} x {image.height} pixels; one side is at most "
                     f"{LONGEST} times as long as the other"
                 )
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return  # decoding says how large it may be
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise LargeImageError(far_too_large(MAX_PIXELS)) from error
     except ImageError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
+    except UNREADABLE as error:
         cause = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(
             f"image cannot be decoded ({cause}); send a whole file in one of {', '.join(FORMATS)}"

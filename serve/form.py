@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from collections.abc import AsyncGenerator
@@ -12,12 +13,16 @@ import python_multipart.exceptions
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from serve.orders import Order, OutputFormat
 from serve.problems import Problem
 
 SEED_LIMIT = 2**63
+TEXT_BYTES = 64 * 1024
+"""Of a field that is no file."""
+FILES, FIELDS = 3, 40
+"""More of them are not read; a file and a field too many, so that they can be named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,8 @@ class Limits:
 
     body_bytes: int = 20 * 2**20
     """Of the whole body; what is longer is cut off while it is read."""
+    upload_s: float = 120.0
+    """Seconds in which the body must have come."""
     pictures: int = 4
     """The largest n."""
     steps: int = 100
@@ -42,7 +49,7 @@ class EditForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(description="What to change, for example 'make it night'.", min_length=1)
+    prompt: str = Field(description="What to change, for example 'make it night'.")
     n: int = Field(1, ge=1, description="How many pictures; each has a seed of its own.")
     size: str = Field(
         "auto",
@@ -85,7 +92,7 @@ class EditForm(BaseModel):
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError("is no Unicode text") from error
-        return prompt
+        return prompt.strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +103,23 @@ class Asked:
     form: EditForm
 
 
-def request_schema() -> dict[str, Any]:
-    """The body in the OpenAPI document."""
+def request_schema(limits: Limits) -> dict[str, Any]:
+    """The body in the OpenAPI document, with what these limits say."""
     schema = EditForm.model_json_schema()
+    fields: dict[str, dict[str, Any]] = schema["properties"]
+    for field in fields.values():
+        # a form knows no null: what is not stated is left out
+        kinds = [kind for kind in field.pop("anyOf", ()) if kind["type"] != "null"]
+        field.update(*kinds)
+        if field.get("default", ...) is None:
+            del field["default"]
+    fields["prompt"].update(minLength=1, maxLength=limits.prompt_characters)
+    fields["n"]["maximum"] = limits.pictures
+    fields["steps"]["maximum"] = limits.steps
+    fields["partial_images"]["maximum"] = limits.previews
+    fields["deadline_s"]["maximum"] = limits.deadline_s
+    for name in ("text_guidance_scale", "image_guidance_scale"):
+        fields[name].update(minimum=-limits.scale, maximum=limits.scale)
     schema["properties"] = {
         "image": {"type": "string", "format": "binary", "description": "The picture to edit."},
         "mask": {
@@ -115,7 +136,7 @@ def request_schema() -> dict[str, Any]:
 async def read_form(request: Request, limits: Limits) -> FormData:
     """The fields of a multipart body, not longer than it may be.
 
-    Raises: Problem 413, 415, or 400 for a body that is broken.
+    Raises: Problem 413, 415, 408 for a body that does not come, or 400 for one that is broken.
     """
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "multipart/form-data":
@@ -126,7 +147,8 @@ async def read_form(request: Request, limits: Limits) -> FormData:
         code="body_too_large",
     )
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limits.body_bytes:
+    # so long a number says enough, and `int` reads no number of any length
+    if length.isdecimal() and (len(length) > 18 or int(length) > limits.body_bytes):
         raise too_long
 
     async def bounded() -> AsyncGenerator[bytes, None]:
@@ -136,21 +158,51 @@ async def read_form(request: Request, limits: Limits) -> FormData:
             if read > limits.body_bytes:
                 raise too_long
             yield chunk
+        if not parser.has_ended:  # raised in here, so that the parser closes its files
+            raise MultiPartException("it ends before its last boundary")
 
-    parser = MultiPartParser(
-        request.headers, bounded(), max_files=3, max_fields=40, max_part_size=64 * 1024
+    parser = _Parser(
+        request.headers, bounded(), max_files=FILES, max_fields=FIELDS, max_part_size=TEXT_BYTES
     )
     # in memory as a whole: pictures of others are not written to a disk
     parser.spool_max_size = limits.body_bytes
     try:
-        return await parser.parse()
+        async with asyncio.timeout(limits.upload_s):
+            return await parser.parse()
+    except TimeoutError as error:
+        raise Problem(
+            408,
+            f"the body did not come within {limits.upload_s:g} s",
+            code="upload_timeout",
+            headers={"x-should-retry": "false"},
+        ) from error
+    except ClientDisconnect as error:
+        raise Problem(499, "whoever asked is gone", code="client_gone") from error
     except MultiPartException as error:
-        raise Problem(400, f"the body is no multipart/form-data: {error.message}") from error
+        raise Problem(400, _of_the_body(error.message)) from error
     except (
         *(python_multipart.exceptions.FormParserError, LookupError),
         *(UnicodeError, ValueError, AssertionError),
     ) as error:
-        raise Problem(400, f"the body is no multipart/form-data: {error}") from error
+        raise Problem(400, _of_the_body(str(error))) from error
+
+
+class _Parser(MultiPartParser):
+    """Knows whether the last boundary was there."""
+
+    has_ended = False
+
+    def on_end(self) -> None:
+        self.has_ended = True
+
+
+def _of_the_body(told: str) -> str:
+    """A sentence for what the parser of multipart bodies says."""
+    if told.startswith("Part exceeded"):
+        return f"a text in the body is longer than {TEXT_BYTES} bytes"
+    if told.startswith("Too many"):
+        return f"the body has too many fields or files: at most {FIELDS} and {FILES} are read"
+    return f"the body is no multipart/form-data: {told.rstrip('.')}"
 
 
 async def understand(data: FormData, limits: Limits, served: str) -> Asked:
@@ -161,20 +213,28 @@ async def understand(data: FormData, limits: Limits, served: str) -> Asked:
     texts: dict[str, str] = {}
     files: dict[str, bytes] = {}
     for name, value in data.multi_items():
-        plain = name.removesuffix("[]")
+        # as OpenAI's clients call a list of pictures
+        plain = "image" if name == "image[]" else name
         if plain in texts or plain in files:
             one = "; one picture is edited at a time" if plain == "image" else ""
-            raise Problem(400, f"{plain} is given more than once{one}", param=plain)
+            raise Problem(400, f"{plain[:100]!r} is given more than once{one}", param=plain)
         if isinstance(value, UploadFile):
             if plain not in ("image", "mask"):
-                raise Problem(400, f"{plain!r} is no file", param=plain)
+                told = "is sent as a text" if plain in EditForm.model_fields else "is no field"
+                raise Problem(400, f"{plain[:100]!r} {told}, got a file", param=plain)
             files[plain] = await value.read()
         elif plain in ("image", "mask"):
-            raise Problem(400, f"{plain} is sent as a file, got a text", param=plain)
+            raise Problem(400, f"{plain!r} is sent as a file, got a text", param=plain)
+        elif plain not in EditForm.model_fields:
+            known = ", ".join(["image", "mask", *EditForm.model_fields])
+            told = f"there is no field {plain[:100]!r}; there are {known}"
+            raise Problem(400, told, param=plain)
         else:
             texts[plain] = value
     if not files.get("image"):
-        raise Problem(400, "image is missing: the picture to edit, sent as a file", param="image")
+        raise Problem(
+            400, "image is missing or empty: the picture to edit, sent as a file", param="image"
+        )
     form = _validated(texts)
     _check(form, limits, served)
     seed = secrets.randbelow(2**32) if form.seed is None else form.seed
@@ -200,17 +260,13 @@ def _validated(texts: dict[str, str]) -> EditForm:
         return EditForm.model_validate(texts)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = str(first["loc"][0])[:100] if first["loc"] else None
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(["image", "mask", *EditForm.model_fields])
-            raise Problem(
-                400, f"there is no field {name!r}; there are {known}", param=name
-            ) from error
-        told = first["msg"].removeprefix("Value error, ")
-        told = told[0].lower() + told[1:]
+        name = str(first["loc"][0])
+        told = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if first["type"] == "missing":
             told = "is missing"
-        raise Problem(400, f"{name}: {told}", param=name) from error
+        elif first["type"] == "string_pattern_mismatch":  # only size has a pattern
+            told = "should be 'auto' or WIDTHxHEIGHT, for example 512x512"
+        raise Problem(400, f"{name} {told}", param=name) from error
 
 
 def _check(form: EditForm, limits: Limits, served: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from pathlib import Path
 from ip2p_ray.errors import ConfigError
 
 KEYS_FILE = "IP2P_API_KEYS_FILE"
-"""Environment variable with the path of a file of keys, one a line; `#` begins a comment."""
+"""Environment variable with the path of a file of keys, one a line; a line or a word that begins
+with `#` begins a comment."""
 KEYS = "IP2P_API_KEYS"
 """Environment variable with keys, divided by commas."""
 
@@ -36,22 +38,27 @@ class Keys:
 
         Raises:
             ConfigError: the file cannot be read, holds no key, or a key is shorter than 16
-                characters.
+                characters or not of printable ASCII without spaces.
         """
         keys = [key.strip() for key in os.environ.get(KEYS, "").split(",")]
         path = os.environ.get(KEYS_FILE)
         if path:
             try:
-                lines = Path(path).read_text("utf-8").splitlines()
+                lines = Path(path).read_text("utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{KEYS_FILE}: {path} cannot be read: {error}") from error
-            found = [line.partition("#")[0].strip() for line in lines]
+            # a `#` inside of a key is the key's
+            found = [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
             if not any(found):
                 raise ConfigError(f"{KEYS_FILE}: {path} holds no key")
             keys += found
         keys = [key for key in keys if key]
         if any(len(key) < 16 for key in keys):
             raise ConfigError("an API key has at least 16 characters; one that is given has fewer")
+        if not all(re.fullmatch(r"[!-~]+", key) for key in keys):
+            raise ConfigError(
+                "an API key is of ASCII letters, digits and signs, without spaces; one is not"
+            )
         return cls(keys)
 
     def find(self, authorization: str | None) -> int | None:

@@ -21,7 +21,9 @@ class Problem(Exception):  # noqa: N818 not every answer that is not 200 is an e
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        self.message = _printable(message)
+        self.param = None if param is None else _printable(param[:100])
         self.headers = headers or {}
 
     @property
@@ -46,6 +48,11 @@ class Problem(Exception):  # noqa: N818 not every answer that is not 200 is an e
     def response(self) -> JSONResponse:
         """What is answered."""
         return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def _printable(text: str) -> str:
+    """The text, with what no encoding can express escaped: some of it may be the sender's."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def retry_after(seconds: float) -> dict[str, str]:

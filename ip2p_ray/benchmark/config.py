@@ -102,3 +102,62 @@ class TrainingBenchmark:
                 raise ConfigError(f"--{name.replace('_', '-')} is at least 1, got {value}")
         if self.ranks > 1 and self.device != "cpu":
             raise ConfigError(f"--ranks is for the CPU, got --device {self.device}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditorBenchmark:
+    """The editor behind HTTP: requests one by one, whole requests batched, steps batched."""
+
+    model: str | None = None
+    """Folder or hub id of the editor; by default the shipped miniature's."""
+    sd15: bool = False
+    """Random weights in the shapes of Stable Diffusion 1.5 instead; nothing is downloaded."""
+    device: str = "cpu"
+    """Where the models lie, for example "cpu" or "cuda"; all three lie there at once."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights, all three ways."""
+    resolution: int | None = None
+    """Height and width in pixels; by default the model's."""
+    steps: int | None = None
+    """Denoising steps of every request; by default the model's, with --sd15 20."""
+    batch_size: int = 8
+    """Requests in a batch at most, both ways that have one."""
+    batch_wait_s: float = 0.01
+    """Seconds that a batch of whole requests waits to become full."""
+    threads: tuple[int, ...] = ()
+    """Of torch: each way gets the quickest of these; by default one and, on a CPU, all cores."""
+    rates: tuple[float, ...] = (0.5, 0.9, 1.2, 1.6)
+    """Requests a second that are offered, in multiples of what one by one can do."""
+    compare_at: float = 1.2
+    """Which of the rates the latencies in the first lines are of, at Poisson arrivals."""
+    requests: int = 120
+    """Sent at each rate."""
+    saturation: int = 48
+    """Requests of a turn that measures throughput, with two batches of them under way."""
+    rounds: int = 3
+    """Turns of each way that measure throughput; medians are reported."""
+    sequential: int = 50
+    """Requests that are sent one after another, through HTTP and to the bare engine."""
+    seed: int = 0
+    """Of the arrivals."""
+
+    def __post_init__(self) -> None:
+        counts = ("batch_size", "requests", "saturation", "rounds", "sequential")
+        for name in (*counts, "resolution", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is at least 1, got {value}")
+        if self.model is not None and self.sd15:
+            raise ConfigError("--model and --sd15 are two models; give one of them")
+        if self.batch_wait_s < 0:
+            raise ConfigError(f"--batch-wait-s is not negative, got {self.batch_wait_s:g}")
+        if any(count < 1 for count in self.threads):
+            raise ConfigError(f"--threads are at least 1, got {min(self.threads)}")
+        if not self.rates or any(rate <= 0 for rate in self.rates):
+            raise ConfigError(f"--rates are numbers above 0, got {list(self.rates)}")
+        if self.compare_at not in self.rates:
+            raise ConfigError(
+                f"--compare-at is one of --rates {list(self.rates)}, got {self.compare_at:g}"
+            )
+        if self.device == "cpu" and self.dtype == "float16":
+            raise ConfigError("--dtype float16 is for CUDA; on a CPU take float32 or bfloat16")

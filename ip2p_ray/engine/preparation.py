@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,7 +16,7 @@ from ip2p_ray.engine.recent import Recent
 from ip2p_ray.engine.request import Ticket
 from ip2p_ray.engine.row import Row, latent_mask
 from ip2p_ray.errors import ConfigError, ImageError
-from ip2p_ray.images import edit_size, fit_image, to_tensor
+from ip2p_ray.images import UNREADABLE, edit_size, fit_image, to_tensor
 
 
 class Preparation:
@@ -109,21 +108,25 @@ def read_mask(mask: Image.Image | bytes, size: tuple[int, int]) -> Image.Image:
     Raises:
         ImageError: it cannot be decoded, has no transparency, or another size than the source.
     """
-    if isinstance(mask, bytes):
-        try:
-            with Image.open(io.BytesIO(mask), formats=("PNG", "WEBP")) as opened:
-                # before a pixel is decoded; orientation may swap the sides
-                if sorted(opened.size) != sorted(size):
-                    raise ImageError(_other_size(opened.size, size))
-                opened.load()
-                mask = opened.copy()
-        except ImageError:
-            raise
-        except _UNREADABLE as error:
-            cause = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-            raise ImageError(
-                f"mask cannot be decoded ({cause}); send a PNG that is transparent where to edit"
-            ) from error
+    if not isinstance(mask, bytes):
+        return _transparent(mask, size)
+    try:
+        with Image.open(io.BytesIO(mask), formats=("PNG", "WEBP")) as opened:
+            # before a pixel is decoded; orientation may swap the sides
+            if sorted(opened.size) != sorted(size):
+                raise ImageError(_other_size(opened.size, size))
+            opened.load()
+            return _transparent(opened, size)
+    except ImageError:
+        raise
+    except (*UNREADABLE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        cause = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError(
+            f"mask cannot be decoded ({cause}); send a PNG that is transparent where to edit"
+        ) from error
+
+
+def _transparent(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     upright = ImageOps.exif_transpose(mask)
     if upright.size != size:
         raise ImageError(_other_size(upright.size, size))
@@ -138,7 +141,3 @@ def _other_size(found: tuple[int, int], wanted: tuple[int, int]) -> str:
 
 _TRANSPARENT = [255 if alpha < 128 else 0 for alpha in range(256)]
 _BINARY = [255 if level >= 128 else 0 for level in range(256)]
-_UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error),
-    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
-)
