@@ -10,10 +10,13 @@ import argparse
 import os
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
@@ -161,7 +164,7 @@ def create_app(config: PageConfig, *, path: str = ROUTE) -> FastAPI:
     )
 
 
-def build(args: PageConfig) -> "Application":  # noqa: F821 - Ray is imported only where it runs
+def build(args: PageConfig) -> "Application":
     """The page as an application of Ray Serve, in one replica."""
     from ray import serve
 

@@ -124,6 +124,8 @@ class Page:
             height=320,
             elem_id="picture",
         )
+        # Gradio opens the file here, and has no words for one that is no picture; `uploaded` has
+        self.picture.preprocess = _path_of  # type: ignore[method-assign]
         folder = self.picture.GRADIO_CACHE
         shipped = []
         for scene in words.SCENES:
@@ -279,7 +281,7 @@ class Page:
         self.picture.upload(
             self.uploaded,
             [self.picture],
-            [self.picture, self.stage, self.slider, self.examples],
+            [*(self.picture, self.stage, self.slider, self.caption, self.after), self.examples],
             **at_once,
         )
         self.gallery.select(
@@ -332,21 +334,13 @@ class Page:
     ) -> AsyncIterator[dict[Any, Any]]:
         """Shows the edit while it is made, then the edited picture, then files it."""
         if picture is None:
-            yield {self.stage: gr.update(value=words.told("Choose a picture first."), visible=True)}
+            yield self._instead(words.told("Choose a picture first."))
             return
         if not instruction.strip():
-            yield {
-                self.stage: gr.update(
-                    value=words.told("Say what should change.", 'For example "make it night".'),
-                    visible=True,
-                )
-            }
+            yield self._instead(words.told("Say what should change.", 'As in "make it night".'))
             return
         yield {
-            self.stage: gr.update(value=words.working(0, 0, None), visible=True),
-            self.slider: gr.update(visible=False),
-            self.caption: gr.update(visible=False),
-            self.after: gr.update(visible=False),
+            **self._instead(words.working(0, 0, None)),
             self.go: gr.update(visible=False),
             self.stop: gr.update(visible=True),
         }
@@ -419,6 +413,14 @@ class Page:
             after=save_bytes_to_cache(edited.data, f"{name}-{tried.seed}.png", folder),
         )
 
+    def _instead(self, text: str) -> dict[Any, Any]:
+        """The updates that show a text in the place of an edited picture."""
+        hidden = (self.slider, self.caption, self.after)
+        return {
+            self.stage: gr.update(value=text, visible=True),
+            **{part: gr.update(visible=False) for part in hidden},
+        }
+
     def _shown(self, tried: Try) -> dict[Any, Any]:
         """The updates that show a try in large."""
         quoted = re.sub(r"([\\`*_{}\[\]<>#|$~])", r"\\\1", tried.instruction)
@@ -484,8 +486,7 @@ class Page:
         except ImageError as error:
             return {
                 self.picture: None,
-                self.stage: gr.update(value=words.told_error(error), visible=True),
-                self.slider: gr.update(visible=False),
+                **self._instead(words.told_error(error)),
             }
         return {self.examples: samples}
 
@@ -496,6 +497,11 @@ class Page:
 
 def _thumbnails(history: list[Try]) -> list[tuple[str, str]]:
     return [(tried.after, f"{tried.instruction} ({tried.line})") for tried in history]
+
+
+def _path_of(payload: Any) -> str | None:
+    """Of an uploaded file, which Gradio has found to lie among the uploaded ones."""
+    return None if payload is None else payload.path
 
 
 def _quarter(scale: float) -> float:
