@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import io
 import re
+import secrets
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -24,6 +25,7 @@ MAX_PIXELS = 25_000_000
 KEPT = 24
 """Tries that the history holds."""
 PREVIEWS = 8
+SEEDS = 2**31
 SESSION_S = 6 * 3600
 FILES_S = 24 * 3600
 
@@ -34,7 +36,7 @@ THEME = gr.themes.Base(
     # the style sheet names the fonts of the system: nothing is fetched
     font=[gr.themes.Font("sans-serif")],
     font_mono=[gr.themes.Font("monospace")],
-)
+).set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
 CSS = Path(__file__).with_name("page.css").read_text("utf-8")
 HEAD = f"<script>{Path(__file__).with_name('page.js').read_text('utf-8')}</script>"
 
@@ -122,6 +124,8 @@ class Page:
             height=320,
             elem_id="picture",
         )
+        # Gradio opens the file here, and has no words for one that is no picture; `uploaded` has
+        self.picture.preprocess = _path_of  # type: ignore[method-assign]
         folder = self.picture.GRADIO_CACHE
         shipped = []
         for scene in words.SCENES:
@@ -192,6 +196,7 @@ class Page:
                 info="The same seed and settings give the same picture.",
                 precision=0,
                 minimum=0,
+                maximum=2**53 - 1,
                 elem_id="seed",
             )
             gr.Markdown(words.ADVICE, elem_id="advice")
@@ -276,7 +281,7 @@ class Page:
         self.picture.upload(
             self.uploaded,
             [self.picture],
-            [self.picture, self.stage, self.slider, self.examples],
+            [*(self.picture, self.stage, self.slider, self.caption, self.after), self.examples],
             **at_once,
         )
         self.gallery.select(
@@ -329,21 +334,13 @@ class Page:
     ) -> AsyncIterator[dict[Any, Any]]:
         """Shows the edit while it is made, then the edited picture, then files it."""
         if picture is None:
-            yield {self.stage: gr.update(value=words.told("Choose a picture first."), visible=True)}
+            yield self._instead(words.told("Choose a picture first."))
             return
         if not instruction.strip():
-            yield {
-                self.stage: gr.update(
-                    value=words.told("Say what should change.", 'For example "make it night".'),
-                    visible=True,
-                )
-            }
+            yield self._instead(words.told("Say what should change.", 'As in "make it night".'))
             return
         yield {
-            self.stage: gr.update(value=words.working(0, 0, None), visible=True),
-            self.slider: gr.update(visible=False),
-            self.caption: gr.update(visible=False),
-            self.after: gr.update(visible=False),
+            **self._instead(words.working(0, 0, None)),
             self.go: gr.update(visible=False),
             self.stop: gr.update(visible=True),
         }
@@ -357,7 +354,8 @@ class Page:
                 instruction.strip(),
                 previews=PREVIEWS,
                 api_key=key or None,
-                seed=None if fresh or seed is None else int(seed),
+                # a browser's numbers are exact to 2**53, the service's own seeds go further
+                seed=secrets.randbelow(SEEDS) if fresh or seed is None else int(seed),
                 steps=int(steps),
                 text_guidance_scale=text_scale,
                 image_guidance_scale=image_scale,
@@ -414,6 +412,14 @@ class Page:
             before=save_bytes_to_cache(encode_png(before), "before.png", folder),
             after=save_bytes_to_cache(edited.data, f"{name}-{tried.seed}.png", folder),
         )
+
+    def _instead(self, text: str) -> dict[Any, Any]:
+        """The updates that show a text in the place of an edited picture."""
+        hidden = (self.slider, self.caption, self.after)
+        return {
+            self.stage: gr.update(value=text, visible=True),
+            **{part: gr.update(visible=False) for part in hidden},
+        }
 
     def _shown(self, tried: Try) -> dict[Any, Any]:
         """The updates that show a try in large."""
@@ -480,8 +486,7 @@ class Page:
         except ImageError as error:
             return {
                 self.picture: None,
-                self.stage: gr.update(value=words.told_error(error), visible=True),
-                self.slider: gr.update(visible=False),
+                **self._instead(words.told_error(error)),
             }
         return {self.examples: samples}
 
@@ -492,6 +497,11 @@ class Page:
 
 def _thumbnails(history: list[Try]) -> list[tuple[str, str]]:
     return [(tried.after, f"{tried.instruction} ({tried.line})") for tried in history]
+
+
+def _path_of(payload: Any) -> str | None:
+    """Of an uploaded file, which Gradio has found to lie among the uploaded ones."""
+    return None if payload is None else payload.path
 
 
 def _quarter(scale: float) -> float:
