@@ -2,7 +2,6 @@ import asyncio
 import base64
 import contextlib
 import io
-import itertools
 import json
 import logging
 import re
@@ -420,7 +419,7 @@ def test_openais_client_comes_again_when_the_queue_was_full(start):
 def test_a_deadline_that_passes_is_told_once(start, caplog):
     service = start(limits=PATIENT)
     with caplog.at_level(logging.INFO, "ip2p_ray.service"), client(service, max_retries=3) as api:
-        with pytest.raises(openai.APIStatusError, match="not done after 0.3 s") as raised:
+        with pytest.raises(openai.APIStatusError, match=r"not done after 0\.3 s") as raised:
             api.images.edit(
                 image=PICTURE, prompt="make it night", **own(steps=5000, deadline_s=0.3)
             )
