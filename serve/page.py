@@ -133,7 +133,7 @@ def create_app(config: PageConfig, *, path: str = ROUTE) -> FastAPI:
     import gradio as gr
 
     from ip2p_ray.remote_editor import RemoteEditor
-    from serve import page_layout
+    from serve import page_actions, page_layout
 
     editor = RemoteEditor(config.server, timeout_s=config.timeout_s)
     defaults = page_layout.Defaults(
@@ -142,7 +142,7 @@ def create_app(config: PageConfig, *, path: str = ROUTE) -> FastAPI:
         steps=config.steps,
         max_steps=config.max_steps,
     )
-    page = page_layout.Page(editor, defaults, drawn_only=config.drawn_only)
+    page = page_actions.Page(editor, defaults, drawn_only=config.drawn_only)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(OwnOriginOnly)
     return gr.mount_gradio_app(
