@@ -32,13 +32,15 @@ SD15 = "random weights in the shapes of Stable Diffusion 1.5"
 
 
 @dataclass(frozen=True)
-class Filled:
-    """How full batches were so far."""
+class Done:
+    """What a replica did so far."""
 
-    batches: int
-    """Passes through the UNet that were of a batch; of whole requests, as many as batches."""
-    rows: int
+    batches: int = 0
+    """That went through the UNet: steps of the engine, or calls of the pipeline."""
+    rows: int = 0
     """Requests in them, together."""
+    cpu_s: float = 0.0
+    """CPU time of all threads of the process."""
 
 
 class Filling(ReplicaMetrics):
@@ -46,12 +48,13 @@ class Filling(ReplicaMetrics):
 
     def __init__(self) -> None:
         super().__init__()
-        self.filled = Filled(0, 0)
+        self.batches, self.rows = 0, 0
 
     def stepped(self, rows: int, most: int, seconds: float) -> None:
         """One more batch."""
         super().stepped(rows, most, seconds)
-        self.filled = Filled(self.filled.batches + 1, self.filled.rows + rows)
+        self.batches += 1
+        self.rows += rows
 
 
 class Engine(EditorReplica):
@@ -66,9 +69,9 @@ class Engine(EditorReplica):
         editor = await asyncio.to_thread(load, config["model"], self._config)
         self._editing = self._make(editor, self._config.engine, observer=self._filling)
 
-    async def filled(self) -> Filled:
-        """How full batches were so far."""
-        return self._filling.filled
+    async def done(self) -> Done:
+        """What was done so far."""
+        return Done(self._filling.batches, self._filling.rows, time.process_time())
 
     async def bare_seconds(self, orders: list[Order]) -> list[float]:
         """What each order takes on the engine alone, one after another: no HTTP, no file made."""
@@ -101,7 +104,7 @@ class OneByOne:
         torch.set_num_threads(config.threads)
         self._config = config
         self._device = ThreadPoolExecutor(1)
-        self._filled = Filled(0, 0)
+        self._batches, self._rows = 0, 0
         self._pipeline: Any = None
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
@@ -126,9 +129,9 @@ class OneByOne:
         for edited in await self.edit(order):
             yield edited
 
-    async def filled(self) -> Filled:
-        """How full batches were so far."""
-        return self._filled
+    async def done(self) -> Done:
+        """What was done so far."""
+        return Done(self._batches, self._rows, time.process_time())
 
     async def _make(self, job: _Job) -> Image.Image:
         [made] = await self._run([job])
@@ -138,7 +141,8 @@ class OneByOne:
         """The pictures of jobs that are alike, in one call of the pipeline."""
         loop = asyncio.get_running_loop()
         made = await loop.run_in_executor(self._device, self._call, jobs)
-        self._filled = Filled(self._filled.batches + 1, self._filled.rows + len(jobs))
+        self._batches += 1
+        self._rows += len(jobs)
         return made
 
     def _call(self, jobs: list[_Job]) -> list[Image.Image]:

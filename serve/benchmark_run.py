@@ -7,6 +7,7 @@ else the machine does meets all of them, and those that wait for their turn comp
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import multiprocessing
 import os
@@ -36,7 +37,7 @@ from ip2p_ray.errors import ConfigError, Ip2pError
 from ip2p_ray.miniature import weights
 from ip2p_ray.settings import read_settings
 from serve.app import EDITOR, ServiceConfig, application
-from serve.benchmark_replicas import SD15, Engine, OneByOne, RequestBatching
+from serve.benchmark_replicas import SD15, Done, Engine, OneByOne, RequestBatching
 from serve.orders import Order
 
 logger = logging.getLogger("ip2p_ray.benchmark")
@@ -66,19 +67,22 @@ class _Bench:
     """The load comes from a process of its own."""
     next: dict[str, int] = field(default_factory=dict)
     """The number of each way's next request: none is sent twice."""
+    deployed: dict[str, int] = field(default_factory=dict)
+    """With how many threads each way runs that is deployed."""
 
-    def send(self, way: str, count: int, **offer: Any) -> tuple[list[load.Answer], float | None]:
-        """The answers, and how many requests were in a batch on average."""
+    def send(self, way: str, count: int, **offer: Any) -> tuple[list[load.Answer], Done]:
+        """The answers, and what the replica did meanwhile."""
         first = self.next.get(way, 0)
         self.next[way] = first + count
-        before = _handle(way).filled.remote().result()
+        before = _handle(way).done.remote().result()
         asked = load.Offer(
             url=f"{self.url}/{way}", asked=self.asked, first=first, count=count, **offer
         )
         answers = self.generator.submit(load.send, asked).result()
-        after = _handle(way).filled.remote().result()
-        batches = after.batches - before.batches
-        return answers, (after.rows - before.rows) / batches if batches else None
+        after = _handle(way).done.remote().result()
+        return answers, Done(
+            after.batches - before.batches, after.rows - before.rows, after.cpu_s - before.cpu_s
+        )
 
     @property
     def under_way(self) -> int:
@@ -105,10 +109,7 @@ def compare(job: EditorBenchmark) -> dict[str, Any]:
     with _service() as url, ProcessPoolExecutor(1, mp_context=spawn) as generator:
         bench = _Bench(job, asked, url, generator)
         cold, searched = _search(bench, choices)
-        threads = {
-            way: max(found, key=lambda count, found=found: found[count])  # type: ignore[misc]
-            for way, found in searched.items()
-        }
+        threads = {way: _quickest(searched[way], choices) for way in WAYS}
         for way in WAYS:
             _deploy(bench, way, threads[way])
         difference = _difference(bench)
@@ -201,8 +202,13 @@ def _service() -> Iterator[str]:
 
 
 def _deploy(bench: _Bench, way: str, threads: int) -> None:
-    """The way at its own prefix, warmed up with a full batch."""
+    """The way at its own prefix; nothing, where it runs there with so many threads already."""
     job = bench.job
+    if bench.deployed.get(way) == threads:
+        return
+    if way in bench.deployed:
+        serve.delete(way)
+    bench.deployed[way] = threads
     config = ServiceConfig.model_validate(
         {
             "model": SD15 if job.sd15 else job.model,
@@ -246,9 +252,8 @@ def _search(
     The engine comes first, so that its first picture is the first of this process.
     """
     cold: dict[str, float] = {}
-    found: dict[str, dict[int, float]] = {}
-    for way in ("ours", "reference", "request_batching"):
-        found[way] = {}
+    found: dict[str, dict[int, float]] = {way: {} for way in ("ours", *WAYS)}
+    for way, rates in found.items():
         for threads in choices:
             began = time.monotonic()
             _deploy(bench, way, threads)
@@ -261,14 +266,15 @@ def _search(
                     "first_picture_s": time.monotonic() - running,
                 }
                 logger.info("first picture %.1f s from start", cold["process_to_first_picture_s"])
-            if len(choices) == 1:
-                found[way][threads] = 0.0
-            else:
+            if len(choices) > 1:
                 _warm_up(bench, way)
-                found[way][threads] = _throughput(bench, way)[0]
-                logger.info("%s, %d threads: %.2f pictures/s", way, threads, found[way][threads])
-            serve.delete(way)
+                rates[threads] = _throughput(bench, way)["images_per_s"]
+                logger.info("%s, %d threads: %.2f pictures/s", way, threads, rates[threads])
     return cold, found
+
+
+def _quickest(rates: Mapping[int, float], choices: tuple[int, ...]) -> int:
+    return max(choices, key=lambda threads: rates.get(threads, 0.0))
 
 
 def _warm_up(bench: _Bench, way: str) -> None:
@@ -278,54 +284,57 @@ def _warm_up(bench: _Bench, way: str) -> None:
         _checked(answers)
 
 
-def _throughput(bench: _Bench, way: str) -> tuple[float, float | None]:
-    """Pictures a second with more requests under way than a batch has, and a batch's rows."""
-    answers, rows = bench.send(way, bench.job.saturation, concurrency=bench.under_way)
+def _throughput(bench: _Bench, way: str) -> dict[str, float]:
+    """What a way does with more requests under way than a batch has."""
+    answers, done = bench.send(way, bench.job.saturation, concurrency=bench.under_way)
     _checked(answers)
-    return load.summary(answers)["images_per_s"], rows
+    return {
+        "images_per_s": load.summary(answers)["images_per_s"],
+        "cpu_s_per_image": done.cpu_s / len(answers),
+        "batch_rows": done.rows / done.batches,
+    }
 
 
 def _saturate(bench: _Bench) -> dict[str, dict[str, Any]]:
-    found: dict[str, list[tuple[float, float | None]]] = {way: [] for way in WAYS}
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for way in WAYS:
         _warm_up(bench, way)
     for _ in range(bench.job.rounds):
-        for way, rates in found.items():
-            rates.append(_throughput(bench, way))
-    for way, rates in found.items():
-        logger.info("%s: %.2f pictures/s", way, median(rate for rate, _ in rates))
-    return {
-        way: {
-            "images_per_s": median(rate for rate, _ in rates),
-            "rounds_images_per_s": [rate for rate, _ in rates],
-            "batch_rows": median(rows or 0.0 for _, rows in rates),
-            "loads": [],
-        }
-        for way, rates in found.items()
-    }
+        for way, rounds in found.items():
+            rounds.append(_throughput(bench, way))
+    results: dict[str, dict[str, Any]] = {}
+    for way, rounds in found.items():
+        results[way] = {key: median(each[key] for each in rounds) for key in rounds[0]}
+        results[way]["rounds"] = {key: [each[key] for each in rounds] for key in rounds[0]}
+        results[way]["loads"] = []
+        logger.info("%s: %.2f pictures/s", way, results[way]["images_per_s"])
+    return results
 
 
 def _overhead(bench: _Bench) -> dict[str, Any]:
-    """What HTTP and Serve add to the engine: the same kind of requests through both, in turns."""
-    job = bench.job
-    through: list[float] = []
-    bare: list[float] = []
-    each = min(10, job.sequential)
-    while len(through) < job.sequential:
+    """What HTTP and Serve add to the engine: the same kind of requests through both, in turns.
+
+    `added_p50_s` is the median of the differences of the medians of neighbouring turns.
+    """
+    through: list[list[float]] = []
+    bare: list[list[float]] = []
+    each = min(5, bench.job.sequential)
+    for _ in range(-(-bench.job.sequential // each)):
         answers, _ = bench.send("ours", each)
         _checked(answers)
-        through += [answer.waited for answer in answers]
+        through.append([answer.waited for answer in answers])
         first = bench.next["ours"]
         bench.next["ours"] += each
         orders = [_order(bench.asked, number) for number in range(first, first + each)]
-        bare += _handle("ours").bare_seconds.remote(orders).result()
-    found = {
-        "http_p50_s": load.percentile(through, 0.5),
-        "engine_p50_s": load.percentile(bare, 0.5),
-    }
-    added = found["http_p50_s"] - found["engine_p50_s"]  # type: ignore[operator]
+        bare.append(_handle("ours").bare_seconds.remote(orders).result())
+    added = median(median(a) - median(b) for a, b in zip(through, bare, strict=True))
     logger.info("HTTP and Serve add %.1f ms", added * 1000)
-    return {**found, "added_p50_s": added, "requests": len(through)}
+    return {
+        "http_p50_s": median(itertools.chain.from_iterable(through)),
+        "engine_p50_s": median(itertools.chain.from_iterable(bare)),
+        "added_p50_s": added,
+        "requests": each * len(through),
+    }
 
 
 def _order(asked: load.Asked, number: int) -> Order:
@@ -348,13 +357,13 @@ def _offer(bench: _Bench, capacity: float, results: Mapping[str, dict[str, Any]]
         for times in job.rates:
             moments = arrivals(times * capacity, job.requests, job.seed)
             for way, result in results.items():
-                answers, rows = bench.send(way, job.requests, arrivals=moments)
+                answers, done = bench.send(way, job.requests, arrivals=moments)
                 found = {
                     "arrivals": kind,
                     "times_capacity": times,
                     "offered_per_s": times * capacity,
                     **load.summary(answers),
-                    "batch_rows": rows,
+                    "batch_rows": done.rows / done.batches if done.batches else None,
                 }
                 result["loads"].append(found)
                 logger.info(
@@ -408,6 +417,8 @@ def _checked(answers: list[load.Answer]) -> None:
 
 def _ratios(results: Mapping[str, Mapping[str, Any]], base: str) -> dict[str, float | None]:
     ours, theirs = results["ours"], results[base]
-    faster = measure.median_ratio(ours["rounds_images_per_s"], theirs["rounds_images_per_s"])
-    latencies = {key: measure.ratio(ours[key], theirs[key]) for key in LATENCIES}
-    return {"images_per_s": faster, **latencies}
+    rounds = {
+        key: measure.median_ratio(ours["rounds"][key], theirs["rounds"][key])
+        for key in ("images_per_s", "cpu_s_per_image")
+    }
+    return {**rounds, **{key: measure.ratio(ours[key], theirs[key]) for key in LATENCIES}}

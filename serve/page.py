@@ -10,10 +10,13 @@ import argparse
 import os
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
@@ -54,17 +57,17 @@ class PageConfig(BaseModel):
     """Address of the service's API."""
     drawn_only: bool = True
     """Whether the page says that the editor knows the miniature's drawn world alone."""
-    text_guidance_scale: float = Field(2.0, ge=1, le=15)
+    text_guidance_scale: float = Field(default=2.0, ge=1, le=15)
     """Where the setting stands at first, unless the service says otherwise; the miniature's."""
-    image_guidance_scale: float = Field(1.5, ge=1, le=3)
+    image_guidance_scale: float = Field(default=1.5, ge=1, le=3)
     """As text_guidance_scale."""
-    steps: int = Field(12, ge=1)
+    steps: int = Field(default=12, ge=1)
     """As text_guidance_scale."""
-    max_steps: int = Field(100, ge=1)
+    max_steps: int = Field(default=100, ge=1)
     """The most that can be chosen."""
     max_upload: str = "20mb"
     """Size of the largest file."""
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(default=600.0, gt=0)
     """Seconds without a byte from the service after which an edit is given up."""
 
 
@@ -130,7 +133,7 @@ def create_app(config: PageConfig, *, path: str = ROUTE) -> FastAPI:
     import gradio as gr
 
     from ip2p_ray.remote_editor import RemoteEditor
-    from serve import page_layout
+    from serve import page_actions, page_layout
 
     editor = RemoteEditor(config.server, timeout_s=config.timeout_s)
     defaults = page_layout.Defaults(
@@ -139,7 +142,7 @@ def create_app(config: PageConfig, *, path: str = ROUTE) -> FastAPI:
         steps=config.steps,
         max_steps=config.max_steps,
     )
-    page = page_layout.Page(editor, defaults, drawn_only=config.drawn_only)
+    page = page_actions.Page(editor, defaults, drawn_only=config.drawn_only)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(OwnOriginOnly)
     return gr.mount_gradio_app(
@@ -161,7 +164,7 @@ def create_app(config: PageConfig, *, path: str = ROUTE) -> FastAPI:
     )
 
 
-def build(args: PageConfig) -> "Application":  # noqa: F821 - Ray is imported only where it runs
+def build(args: PageConfig) -> "Application":
     """The page as an application of Ray Serve, in one replica."""
     from ray import serve
 

@@ -16,6 +16,7 @@ from ip2p_ray.miniature.grammar import (
 )
 from ip2p_ray.miniature.scenes import (
     EDIT_TYPES,
+    EditType,
     Layout,
     Scene,
     Thing,
@@ -85,7 +86,8 @@ def suggestions(scene: Scene, count: int = 5) -> list[str]:
     """Instructions that fit the scene, each of another kind."""
     rng = random.Random(str(scene))
     by_kind = {kind: [edit for edit in edits(scene) if edit.type == kind] for kind in EDIT_TYPES}
-    kinds = [kind for kind in ("manner", "swap", "recolour", "setting", "add") if by_kind[kind]]
+    order: tuple[EditType, ...] = ("manner", "swap", "recolour", "setting", "add")
+    kinds = [kind for kind in order if by_kind[kind]]
     chosen = [rng.choice(by_kind[kind]) for kind in kinds[:count]]
     return [instruction(edit, random_wording(rng), rng) for edit in chosen]
 

@@ -19,6 +19,7 @@ NAMES = {
 
 ROWS = {
     "images_per_s": ("pictures/s at saturation", 1.0, ".2f"),
+    "cpu_s_per_image": ("CPU seconds of a picture's replica", 1.0, ".3f"),
     "batch_rows": ("requests in a batch, at saturation", 1.0, ".1f"),
     "threads": ("threads of torch", 1.0, ".0f"),
     "p50_s": ("p50, ms", 1000.0, ",.0f"),
@@ -96,6 +97,7 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
             f"{count}: {rate:.2f}" for count, rate in found[way]["threads_searched"].items()
         )
         for way in NAMES
+        if found[way]["threads_searched"]
     )
     return [
         f"HTTP and Serve add {overhead['added_p50_s'] * 1000:.1f} ms at p50 to the bare engine's "
@@ -104,7 +106,11 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
         f"cold start: the first picture {cold['process_to_first_picture_s']:.1f} s after the "
         f"process began; {cold['replica_s']:.1f} s of it until the replica ran, "
         f"{cold['first_picture_s']:.2f} s the picture",
-        f"pictures/s by threads of torch, of which each way got the quickest: {searched}",
+        *(
+            [f"pictures/s by threads, of which each way got the quickest: {searched}"]
+            if searched
+            else []
+        ),
         f"pictures of the three ways differ by {found['mean_difference']:.4f} of 255 on average "
         f"(bound {found['mean_difference_bound']:g}), {found['max_difference']} at most",
         f"{rejected} requests were rejected and {failed} failed; none was sent more than "

@@ -26,7 +26,7 @@ def way(factor: float) -> dict:
     ]
     return {
         "images_per_s": 4.0 * factor,
-        "rounds_images_per_s": [4.0 * factor],
+        "cpu_s_per_image": 0.2 / factor,
         "batch_rows": 2.5 * factor,
         "loads": loads,
         "threads": 1,
