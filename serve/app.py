@@ -58,6 +58,8 @@ class ServiceConfig(BaseModel):
     fronts: int = Field(default=1, ge=1)
     """Processes that speak HTTP."""
     max_body_mb: float = Field(default=20.0, gt=0)
+    upload_s: float = Field(default=120.0, gt=0)
+    """Seconds in which a request's body must have come."""
     max_pictures: int = Field(default=4, ge=1)
     """The largest n."""
     max_steps: int = Field(default=100, ge=1)
@@ -113,6 +115,7 @@ class ServiceConfig(BaseModel):
             model=self.served_name,
             limits=Limits(
                 body_bytes=int(self.max_body_mb * 2**20),
+                upload_s=self.upload_s,
                 pictures=self.max_pictures,
                 steps=self.max_steps,
                 deadline_s=self.deadline_s,
