@@ -9,6 +9,7 @@ Ip2pError
 |-- StorageError   object storage refuses, or cannot be reached; names the URI
 |-- ReplyError     one caption got no reply; a stage makes a reject of it
 |-- QueueFullError    an engine has as many requests waiting as it takes
+|-- StoppedError      an engine was closed, or its device failed
 |-- DeadlineError     a request took longer than it was allowed
 |-- BudgetError    a spending cap or the account's quota is reached; what was paid is kept
 |-- StageError     a stage of the flow failed, or rejected more rows than it may
@@ -57,6 +58,10 @@ class ReplyError(Ip2pError):
 
 class QueueFullError(Ip2pError):
     """As many requests wait as are taken; nothing was done, it may be sent again later."""
+
+
+class StoppedError(Ip2pError):
+    """An engine takes no requests any more; this one was not done, and may be sent elsewhere."""
 
 
 class DeadlineError(Ip2pError):

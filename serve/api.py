@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -36,8 +37,8 @@ logger = logging.getLogger("ip2p_ray.service")
 FREE = ("/healthz", "/readyz")
 """Paths that need no key: a load balancer has none."""
 
-LINGER_S = 1.0
-"""How long a body that is refused is read on, so that its sender sees the answer."""
+LINGER_S, LINGER_BYTES = 1.0, 32 * 2**20
+"""How far a body that is refused is read on, so that its sender sees the answer."""
 
 T = TypeVar("T")
 
@@ -163,10 +164,14 @@ def _has_body(request: Request) -> bool:
 
 async def _linger(receive: Receive) -> None:
     """Reads on for a moment: closing on what was not read may take the answer from the line."""
+    read = 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_S):
-            while (await receive()).get("more_body", False):
-                pass
+            while read < LINGER_BYTES:
+                message = await receive()
+                read += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 class _Service:
@@ -194,13 +199,27 @@ class _Service:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             request.state.key = key
-        elif not self._config.allow_unauthenticated and not is_loopback(_server(request)):
+        elif not (self._config.allow_unauthenticated or self._is_of_this_machine(request)):
             raise Problem(
                 403,
                 "this service has no API keys and answers its own machine only; its operator sets "
                 "IP2P_API_KEYS_FILE or allow_unauthenticated",
                 code="keys_required",
             )
+
+    def _is_of_this_machine(self, request: Request) -> bool:
+        """Whether a request without a key comes from here, and not through a foreign web page.
+
+        A browser on this machine would send what a page from elsewhere asks for; the page gives
+        itself away by its Origin, or by the name under which it had this machine looked up.
+        """
+        hosts = [_server(request)]
+        if "host" in request.headers:
+            hosts.append(_host_in(f"//{request.headers['host']}"))
+        origin = request.headers.get("origin")
+        if origin is not None and origin not in self._config.cors_origins:
+            hosts.append(_host_in(origin))
+        return all(is_loopback(host) for host in hosts)
 
     async def edit(self, request: Request) -> Response:
         """Edit a picture as the prompt tells; the seed used comes back."""
@@ -212,8 +231,14 @@ class _Service:
             await data.close()
         self._take_tokens(request, len(asked.order.seeds))
         request.state.told = self._told(asked)
-        if asked.form.stream:
-            return await self._stream(request, asked)
+        try:
+            return await (self._stream if asked.form.stream else self._whole)(request, asked)
+        except Problem as problem:
+            if problem.status in (400, 429, 503):  # nothing was made
+                self._give_back_tokens(request, len(asked.order.seeds))
+            raise
+
+    async def _whole(self, request: Request, asked: Asked) -> Response:
         began = time.monotonic()
         made = await _while_connected(request, self._editing.edit(asked.order), self._problem)
         self._usual_s += 0.1 * (time.monotonic() - began - self._usual_s)
@@ -242,13 +267,14 @@ class _Service:
     async def _events(
         self, asked: Asked, first: Edited, rest: AsyncIterator[Edited]
     ) -> AsyncIterator[bytes]:
-        index = 0
+        index, began = 0, time.monotonic()
         edited: Edited | None = first
         try:
             while edited is not None:
                 yield _event(asked, edited, index)
                 index += 1
                 edited = await anext(rest, None)
+            self._usual_s += 0.1 * (time.monotonic() - began - self._usual_s)
         except Exception as error:  # noqa: BLE001 raised again, unless it was foreseen
             problem = self._problem(error)
             self._counting.refused(problem.reason)
@@ -257,12 +283,14 @@ class _Service:
             await rest.aclose()  # type: ignore[attr-defined]
 
     async def models(self) -> dict[str, Any]:
-        """The model that is served."""
+        """The model that is served, and what it is used with where a request states nothing."""
+        defaults = await self._editing.defaults()
         entry = {
             "id": self._config.model,
             "object": "model",
             "created": self._created,
             "owned_by": "ip2p_ray",
+            **({} if defaults is None else {"defaults": defaults}),
         }
         return {"object": "list", "data": [entry]}
 
@@ -306,6 +334,11 @@ class _Service:
         self._counting.answered(path, status, seconds)
         told = getattr(request.state, "told", "")
         logger.info("%s %r %d %.0f ms%s", request.method, path, status, seconds * 1000, told)
+
+    def _give_back_tokens(self, request: Request, pictures: int) -> None:
+        key = getattr(request.state, "key", None)
+        if self._rates is not None and key is not None:
+            self._rates.give_back(key, pictures)
 
     def _told(self, asked: Asked) -> str:
         order = asked.order
@@ -373,6 +406,14 @@ def is_loopback(host: str) -> bool:
 def _server(request: Request) -> str:
     """By which of the machine's addresses the connection came in."""
     return str((request.scope.get("server") or ("",))[0])
+
+
+def _host_in(address: str) -> str:
+    """The host of an address, "" where it has none."""
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _described(asked: Asked, edited: Edited) -> dict[str, Any]:

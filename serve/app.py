@@ -41,8 +41,8 @@ class ServiceConfig(BaseModel):
     """Requests a replica takes steps of at a time."""
     max_ongoing: int | None = Field(default=None, ge=1)
     """Requests a replica holds, the batch among them; by default twice the batch."""
-    max_queued: int = Field(default=32, ge=0)
-    """Requests that wait for a replica; beyond, 429 is answered at once."""
+    max_queued: int = Field(default=32, ge=1)
+    """Requests that wait for a replica in each of `fronts`; beyond, 429 is answered at once."""
     min_replicas: int = Field(default=1, ge=0)
     """0 ends the last replica when nothing is asked for; the next request waits for a start."""
     max_replicas: int = Field(default=1, ge=1)
@@ -161,7 +161,8 @@ def application(config: ServiceConfig, replica: type[Any] = EditorReplica) -> Ap
         num_replicas=config.fronts,
         # refusing is its work too, so it takes far more than may wait
         max_ongoing_requests=200 + 2 * most_waiting,
-        graceful_shutdown_timeout_s=config.drain_s,
+        # a replica's requests are sent again, what a front has begun is lost with it
+        graceful_shutdown_timeout_s=max(config.drain_s, config.deadline_s),
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 0.1},
         logging_config={"enable_access_log": False},

@@ -50,7 +50,7 @@ class Filling(ReplicaMetrics):
         super().__init__()
         self.batches, self.rows = 0, 0
 
-    def stepped(self, rows: int, most: int, seconds: float) -> None:
+    def stepped(self, rows: int, most: float, seconds: float) -> None:
         """One more batch."""
         super().stepped(rows, most, seconds)
         self.batches += 1

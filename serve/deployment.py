@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import tempfile
 import time
@@ -26,12 +27,14 @@ from ip2p_ray.engine import EngineConfig
 from ip2p_ray.errors import ConfigError, DeadlineError, Ip2pError
 from serve.api import ApiConfig, create_api, is_loopback
 from serve.keys import Keys
-from serve.orders import BusyError, Edited, Order, ReplicaLostError
+from serve.orders import BusyError, Defaults, Edited, Order, ReplicaLostError
 
 logger = logging.getLogger("ip2p_ray.service")
 
-LOST = (RayActorError, ReplicaUnavailableError)
-"""What a handle raises when the replica under a request died."""
+LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
+"""What a handle raises when the replica under a request died, or when there is none."""
+DEFAULTS_S = 30.0
+"""For how long a model's settings are told without asking a replica again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +84,8 @@ class EditorReplica:
         with what it has, and says so in its log.
         """
         try:
-            editor = await asyncio.to_thread(load_editor, config["model"], self._config)
-        except Ip2pError as error:
+            editor = await asyncio.to_thread(load_editor, config.get("model"), self._config)
+        except (Ip2pError, OSError, RuntimeError) as error:
             if self._editing is None:
                 raise
             logger.error("the model is kept: %s", error)
@@ -93,7 +96,7 @@ class EditorReplica:
             self._editing = self._make(editor, self._config.engine, observer=ReplicaMetrics())
         else:
             await self._editing.exchange(editor)
-        logger.info("edits with %s", config["model"] or "the miniature")
+        logger.info("edits with %s", config.get("model") or "the miniature")
 
     async def edit(self, order: Order) -> list[Edited]:
         """See `Editing`."""
@@ -105,6 +108,11 @@ class EditorReplica:
         assert self._editing is not None
         async for edited in self._editing.stream(order):
             yield edited
+
+    async def defaults(self) -> Defaults:
+        """See `Editing`."""
+        assert self._editing is not None
+        return await self._editing.defaults()
 
     async def check_health(self) -> None:
         """Raises: Ip2pError, when the engine stopped; Serve then replaces the replica."""
@@ -155,6 +163,9 @@ class HandleEditing:
     ) -> None:
         self._edits = handle.edit
         self._streams = handle.options(stream=True).stream
+        self._defaults = handle.defaults
+        self._known: Defaults | None = None
+        self._asked = -DEFAULTS_S
         self._deployment, self._scales_to_zero = deployment, scales_to_zero
 
     async def edit(self, order: Order) -> list[Edited]:
@@ -168,8 +179,9 @@ class HandleEditing:
                     response.cancel()
                     raise
                 except Exception as error:
-                    if last or not isinstance(error, LOST):
-                        raise _plain(error) from error
+                    plain = _plain(error)
+                    if last or not isinstance(plain, ReplicaLostError):
+                        raise plain from error
                     logger.warning("a replica was lost under a request, which is sent again")
         raise AssertionError("not reached")
 
@@ -191,11 +203,21 @@ class HandleEditing:
             except TimeoutError as error:
                 raise _late(order) from error
             except Exception as error:
-                if last or not isinstance(error, LOST):
-                    raise _plain(error) from error
+                plain = _plain(error)
+                if last or not isinstance(plain, ReplicaLostError):
+                    raise plain from error
                 logger.warning("a replica was lost under a stream, which is begun again")
             finally:
                 responses.cancel()
+
+    async def defaults(self) -> Defaults | None:
+        """See `Editing`. A replica that would have to start, or has no place, is not waited for."""
+        if time.monotonic() > self._asked + DEFAULTS_S and not self._scales_to_zero:
+            self._asked = time.monotonic()
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(2):
+                    self._known = await self._defaults.remote()
+        return self._known
 
     async def ready(self) -> bool:
         """Whether a replica runs; one that is started on demand counts."""
@@ -235,7 +257,7 @@ def _plain(error: Exception) -> Exception:
         return error.cause
     if isinstance(error, BackPressureError):
         return BusyError(str(error))
-    if isinstance(error, (*LOST, DeploymentUnavailableError)):
+    if isinstance(error, LOST):
         return ReplicaLostError(type(error).__name__)
     return error
 

@@ -11,9 +11,9 @@ from PIL import Image, UnidentifiedImageError
 
 from ip2p_ray.editor import Editor
 from ip2p_ray.engine import Engine, EngineConfig, EngineRequest, Observer, Ticket
-from ip2p_ray.errors import ImageError, LargeImageError, QueueFullError
+from ip2p_ray.errors import ImageError, LargeImageError, QueueFullError, StoppedError
 from ip2p_ray.images import FORMATS, MAX_PIXELS, UNREADABLE, check_pixels, far_too_large
-from serve.orders import BusyError, Edited, Order
+from serve.orders import BusyError, Defaults, Edited, Order, ReplicaLostError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class EngineEditing:
         requests = await self._requests(order)
         tickets = self._submit(requests, None)
         try:
-            pictures = await asyncio.gather(*(asyncio.wrap_future(t.future) for t in tickets))
+            pictures = await asyncio.gather(*(_picture(ticket) for ticket in tickets))
             made = [
                 asyncio.to_thread(_edited, order, request, picture, request.steps)
                 for request, picture in zip(requests, pictures, strict=True)
@@ -65,10 +65,19 @@ class EngineEditing:
             while (preview := await shown.get()) is not None:
                 step, picture = preview
                 yield await asyncio.to_thread(_edited, order, request, picture, step)
-            picture = await asyncio.wrap_future(ticket.future)
+            picture = await _picture(ticket)
             yield await asyncio.to_thread(_edited, order, request, picture, request.steps)
         finally:
             ticket.cancel()
+
+    async def defaults(self) -> Defaults:
+        """The editor's own settings."""
+        settings = self._engine.editor.settings
+        return {
+            "steps": settings.steps,
+            "text_guidance_scale": settings.text_guidance_scale,
+            "image_guidance_scale": settings.image_guidance_scale,
+        }
 
     async def ready(self) -> bool:
         """Whether the engine runs."""
@@ -111,6 +120,8 @@ class EngineEditing:
             return self._engine.submit_all(list(requests), show)  # type: ignore[arg-type]
         except QueueFullError as error:
             raise BusyError(str(error)) from error
+        except StoppedError as error:
+            raise ReplicaLostError(str(error)) from error
 
 
 def check_upload(data: bytes) -> None:
@@ -143,6 +154,13 @@ def check_upload(data: bytes) -> None:
         raise ImageError(
             f"image cannot be decoded ({cause}); send a whole file in one of {', '.join(FORMATS)}"
         ) from error
+
+
+async def _picture(ticket: Ticket) -> Image.Image:
+    try:
+        return await asyncio.wrap_future(ticket.future)
+    except StoppedError as error:
+        raise ReplicaLostError(str(error)) from error
 
 
 def _edited(order: Order, request: EngineRequest, picture: Image.Image, step: int) -> Edited:

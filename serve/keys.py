@@ -93,6 +93,12 @@ class RateLimit:
         self._buckets[key] = tokens - count, now
         return 0.0
 
+    def give_back(self, key: int, count: int) -> None:
+        """Tokens of pictures that were not made."""
+        if key in self._buckets:
+            tokens, at = self._buckets[key]
+            self._buckets[key] = tokens + count, at
+
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

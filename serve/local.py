@@ -16,6 +16,7 @@ from ip2p_ray.editor import Editor
 from ip2p_ray.engine import EngineConfig
 from serve.api import ApiConfig, create_api
 from serve.engine_editing import EngineEditing
+from serve.keys import Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ def main(job: Local) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     editor = weights.load_editor() if job.model is None else Editor.load(job.model)
     engine = EngineConfig(batch_size=job.batch_size, max_waiting=job.max_waiting)
-    config = ApiConfig(model="miniature" if job.model is None else job.model)
+    name = "miniature" if job.model is None else job.model
+    config = ApiConfig(model=name, keys=Keys.from_environment())
     uvicorn.run(
         local_api(editor, config, engine), host=job.host, port=job.port, log_level="warning"
     )

@@ -44,7 +44,7 @@ class ReplicaMetrics(Observer):
         self._waiting.set(waiting)
         self._running.set(running)
 
-    def stepped(self, rows: int, most: int, seconds: float) -> None:
+    def stepped(self, rows: int, most: float, seconds: float) -> None:
         """Fill and time of a step."""
         self._fill.observe(rows / most)
         self._step.observe(seconds)

@@ -57,6 +57,10 @@ class Edited:
         return self.step < self.steps
 
 
+Defaults = dict[str, float]
+"""steps, text_guidance_scale and image_guidance_scale of a model."""
+
+
 class ReplicaLostError(Exception):
     """Whoever edited is gone, twice; nothing was answered, the request may be sent again."""
 
@@ -77,6 +81,10 @@ class Editing(Protocol):
 
     def stream(self, order: Order) -> AsyncIterator[Edited]:
         """Previews and at last the picture, of an order of one seed; closing it frees the place."""
+        ...
+
+    async def defaults(self) -> Defaults | None:
+        """What is used where a request states nothing; None where nobody can tell now."""
         ...
 
     async def ready(self) -> bool:

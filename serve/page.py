@@ -55,8 +55,6 @@ class PageConfig(BaseModel):
 
     server: str = "http://127.0.0.1:8000"
     """Address of the service's API."""
-    drawn_only: bool = True
-    """Whether the page says that the editor knows the miniature's drawn world alone."""
     text_guidance_scale: float = Field(default=2.0, ge=1, le=15)
     """Where the setting stands at first, unless the service says otherwise; the miniature's."""
     image_guidance_scale: float = Field(default=1.5, ge=1, le=3)
@@ -85,13 +83,20 @@ class OwnOriginOnly:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if _is_foreign(scope):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"from another page"})
+            return
         plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
         began: Message = {}
         page = bytearray()
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *HEADERS]
+                given = message.get("headers", ())
+                # Gradio lets any page from elsewhere in; this one is for its own origin
+                kept = [pair for pair in given if not pair[0].lower().startswith(b"access-control")]
+                message["headers"] = [*kept, *HEADERS]
                 if _is_page(message["headers"]):
                     began.update(message)
                     return
@@ -109,6 +114,13 @@ class OwnOriginOnly:
         await self._app(
             {**scope, "headers": plain} if _wants_page(scope) else scope, receive, sending
         )
+
+
+def _is_foreign(scope: Scope) -> bool:
+    """Whether a browser asks for what a page from elsewhere wants."""
+    headers = dict(scope["headers"])
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
 
 
 def _wants_page(scope: Scope) -> bool:
@@ -142,7 +154,7 @@ def create_app(config: PageConfig, *, path: str = ROUTE) -> FastAPI:
         steps=config.steps,
         max_steps=config.max_steps,
     )
-    page = page_actions.Page(editor, defaults, drawn_only=config.drawn_only)
+    page = page_actions.Page(editor, defaults)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(OwnOriginOnly)
     return gr.mount_gradio_app(
@@ -178,17 +190,16 @@ def build(args: PageConfig) -> "Application":
 
 
 def main() -> None:
-    """The page on uvicorn, without Ray."""
+    """The page on uvicorn, for this machine alone, without Ray."""
     import uvicorn
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--server", default="http://127.0.0.1:8000", help="address of the API")
-    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8001)
     asked = parser.parse_args()
-    print(f"page: http://{asked.host}:{asked.port}{ROUTE}/")
+    print(f"page: http://127.0.0.1:{asked.port}{ROUTE}/")
     app = create_app(PageConfig(server=asked.server))
-    uvicorn.run(app, host=asked.host, port=asked.port, log_level="warning")
+    uvicorn.run(app, host="127.0.0.1", port=asked.port, log_level="warning")
 
 
 if __name__ == "__main__":

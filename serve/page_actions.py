@@ -58,8 +58,8 @@ class Try:
 class Page(Layout):
     """The components and what they do; one for all visitors."""
 
-    def __init__(self, editor: RemoteEditor, defaults: Defaults, *, drawn_only: bool) -> None:
-        super().__init__(defaults, drawn_only=drawn_only)
+    def __init__(self, editor: RemoteEditor, defaults: Defaults) -> None:
+        super().__init__(defaults)
         self._editor = editor
         with self.blocks:
             self._connect()
@@ -126,7 +126,10 @@ class Page(Layout):
         self.onward.click(self.go_on, [self.download], [self.picture], **at_once)
         checking: dict[str, Any] = {
             "inputs": [self.key],
-            "outputs": [self.key, self.stage, self.text_scale, self.image_scale, self.steps],
+            "outputs": [
+                *(self.key, self.stage, self.note),
+                *(self.text_scale, self.image_scale, self.steps),
+            ],
             **private,
         }
         self.blocks.load(self.check, **checking)
@@ -139,15 +142,17 @@ class Page(Layout):
             return {self.key: gr.update(visible=True), self.stage: words.told_error(error)}
         except Ip2pError as error:
             return {self.stage: words.told_error(error)}
-        said = models[0].get("defaults") if models else None
+        model = models[0] if models else {}
+        said = model.get("defaults")
         stands = said if isinstance(said, dict) else {}
         sliders = {
             "text_guidance_scale": self.text_scale,
             "image_guidance_scale": self.image_scale,
             "steps": self.steps,
         }
-        return {sliders[name]: value for name, value in stands.items() if name in sliders} or {
-            self.stage: gr.skip()
+        return {
+            self.note: gr.update(visible=model.get("id") == "miniature"),
+            **{sliders[name]: value for name, value in stands.items() if name in sliders},
         }
 
     async def edit(

@@ -38,16 +38,16 @@ class Defaults:
 class Layout:
     """The components; one for all visitors."""
 
-    def __init__(self, defaults: Defaults, *, drawn_only: bool) -> None:
+    def __init__(self, defaults: Defaults) -> None:
         self._defaults = defaults
         with gr.Blocks(
             title="Change a picture with a sentence",
             analytics_enabled=False,
             delete_cache=(3600, FILES_S),
         ) as self.blocks:
-            self._build(drawn_only)
+            self._build()
 
-    def _build(self, drawn_only: bool) -> None:
+    def _build(self) -> None:
         gr.HTML(
             "<header><h1>Change a picture with a sentence</h1>"
             "<p>Choose a picture, say what should be different, and look.</p></header>"
@@ -60,8 +60,7 @@ class Layout:
                 self._build_showing()
             with gr.Column(min_width=300, elem_id="tuning"):
                 self._build_settings()
-                if drawn_only:
-                    gr.Markdown(words.DRAWN_ONLY, elem_id="note")
+                self.note = gr.Markdown(words.DRAWN_ONLY, visible=False, elem_id="note")
 
     def _build_asking(self) -> None:
         self.key = gr.Textbox(

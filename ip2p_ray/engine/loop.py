@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 import weakref
@@ -11,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -18,14 +20,18 @@ import torch
 from PIL import Image
 
 from ip2p_ray.editor import Editor
-from ip2p_ray.engine.observer import Observer
+from ip2p_ray.engine.decoding import Decoding
+from ip2p_ray.engine.observer import Guarded, Observer
 from ip2p_ray.engine.preparation import Preparation
 from ip2p_ray.engine.request import EngineRequest, Preview, Ticket
 from ip2p_ray.engine.row import Batch, Row
-from ip2p_ray.errors import ConfigError, DeadlineError, Ip2pError, QueueFullError
+from ip2p_ray.errors import ConfigError, DeadlineError, Ip2pError, QueueFullError, StoppedError
 from ip2p_ray.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+GOOD_STEPS = 200
+"""After so many without a lack of memory, a batch that was made smaller grows by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,7 @@ class Engine:
     ) -> None:
         self.editor = editor
         self.config = config or EngineConfig()
-        self._observer = observer or Observer()
+        self._observer = Guarded(observer or Observer())
         self._preparation = Preparation(editor, self._observer, cache_bytes=self.config.cache_bytes)
         self._null_text = self._preparation.text("")
         self._changed = threading.Condition()
@@ -79,17 +85,20 @@ class Engine:
         self._ready: deque[Row] = deque()
         self._running: list[Row] = []
         self._decoding = 0
-        self._most = self.config.batch_size
+        self._most = float(self.config.batch_size)  # what `Row.cost` may add up to
         self._formed: dict[tuple[int, int], Batch] = {}
         self._closing = False
         self._failures = 0  # of steps, in a row
+        self._good_steps = 0  # since the batch was last made smaller or larger
         self._failure: BaseException | None = None
         self._open: weakref.WeakSet[Ticket] = weakref.WeakSet()
         device = editor.model.device
         self._preparing_stream = _own_stream(device)
         self._decoding_stream = _own_stream(device)
         self._preparing_pool = ThreadPoolExecutor(1, thread_name_prefix="engine-preparation")
-        self._decoding_pool = ThreadPoolExecutor(1, thread_name_prefix="engine-decoding")
+        self._decoder = Decoding()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # weights may be on their way on another stream
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
         self._thread.start()
 
@@ -99,7 +108,8 @@ class Engine:
         `on_preview` is called from the engine's thread, and must return soon.
 
         Raises:
-            QueueFullError: `max_waiting` requests wait already, or the engine is closing.
+            QueueFullError: `max_waiting` requests wait already.
+            StoppedError: the engine was closed, or its device failed.
         """
         return self.submit_all([request], on_preview)[0]
 
@@ -109,7 +119,7 @@ class Engine:
         """As `submit`, of all the requests or of none."""
         with self._changed:
             if self._closing or self._failure is not None:
-                raise QueueFullError("the engine is closed")
+                raise StoppedError("the engine takes no requests any more")
             # a place in the batch that is free is no place in the queue
             free = max(0, self._most - len(self._running))
             if self._waiting + len(requests) > self.config.max_waiting + free:
@@ -121,7 +131,7 @@ class Engine:
             self._open.update(tickets)
             for ticket in tickets:
                 self._preparing_pool.submit(self._prepare, ticket)
-        self._tell()
+            self._changed.notify_all()  # one of them may have the next deadline
         return tickets
 
     def check(self) -> None:
@@ -148,7 +158,7 @@ class Engine:
         with self._changed:
             self._changed.notify_all()
         self._thread.join()
-        self._decoding_pool.shutdown()
+        self._decoder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -164,7 +174,7 @@ class Engine:
     def _prepare(self, ticket: Ticket) -> None:
         began = time.monotonic()
         try:
-            if not _wanted(ticket, "preparation"):
+            if ticket.future.done():
                 self._leave_queue()
                 return
             with self._stream(self._preparing_stream):
@@ -196,14 +206,15 @@ class Engine:
                 self._running.clear()
                 self._ready.clear()
             for ticket in tickets:
-                _settle(ticket, error)
+                _settle(ticket, StoppedError(f"the engine has stopped: {error}"))
 
     def _admit(self) -> bool:
         """Waits until there is something to do; False once there never will be."""
         with self._changed:
             while True:
-                self._running = [row for row in self._running if _wanted(row.ticket, "steps")]
-                gone = [row for row in self._ready if not _wanted(row.ticket, "the queue")]
+                until_next = self._give_up_late()
+                self._running = [row for row in self._running if not row.ticket.future.done()]
+                gone = [row for row in self._ready if row.ticket.future.done()]
                 for row in gone:
                     self._ready.remove(row)
                 self._waiting -= len(gone)
@@ -211,13 +222,26 @@ class Engine:
                     row = self._ready.popleft()
                     self._waiting -= 1
                     self._enter(row)
+                self._tell()
                 if self._running:
-                    break
+                    return True
                 if self._closing and not self._waiting:
                     return False
-                self._changed.wait()
-        self._tell()
-        return True
+                self._changed.wait(until_next)
+
+    def _give_up_late(self) -> float | None:
+        """Tells those whose time is over; seconds until the next is, None where none has a time."""
+        now = time.monotonic()
+        soonest = math.inf
+        for ticket in list(self._open):
+            if ticket.future.done() or ticket.expires == math.inf:
+                continue
+            if ticket.expires <= now:
+                seconds = ticket.request.deadline_s
+                _settle(ticket, DeadlineError(f"not done after {seconds:g} s"))
+            else:
+                soonest = min(soonest, ticket.expires)
+        return None if soonest == math.inf else soonest - now
 
     def _has_room_for(self, row: Row) -> bool:
         # decoding that cannot keep up holds admission back, or its latents would pile up
@@ -248,22 +272,28 @@ class Engine:
 
     def _step(self, batch: Batch) -> None:
         began = time.monotonic()
-        rows = batch.rows
+        failure: Exception | None = None
         try:
             batch.advance()
-            previews = [(row, batch.guess(row)) for row in rows if row.wants_preview]
-            arrived = [row for row in rows if row.arrived]
-            if arrived:
-                batch.scatter()
             self._synchronize()
         except Exception as error:  # noqa: BLE001 `_mend` tells whoever asked, or raises it
-            self._mend(batch, error)
+            # without the traceback, which holds the tensors that there was no memory for
+            failure = error.with_traceback(None)
+        if failure is not None:
+            self._mend(batch, failure)
             return
         self._failures = 0
         now = time.monotonic()
-        self._observer.stepped(len(rows), self._most, now - began)
-        for row, latents in previews:
-            self._decoding_pool.submit(self._show, row, row.step, latents)
+        self._observer.stepped(len(batch.rows), self._most, now - began)
+        self._grow()
+        for row in batch.rows:
+            if row.wants_preview:
+                show = partial(self._show, row, row.step, batch.guess(row))
+                self._decoder.submit(row, show)
+        arrived = [row for row in batch.rows if row.arrived]
+        if not arrived:
+            return
+        batch.scatter()
         with self._changed:
             for row in arrived:
                 self._observer.staged("steps", now - row.since)
@@ -271,25 +301,37 @@ class Engine:
                 self._running.remove(row)
                 self._decoding += 1
         for row in arrived:
-            self._decoding_pool.submit(self._finish, row)
+            self._decoder.submit(row, partial(self._finish, row))
 
     def _mend(self, batch: Batch, error: Exception) -> None:
         """A smaller batch where memory was short; otherwise whoever asked is told.
 
+        A step that failed has changed nothing, so its rows can take it again.
+
         Raises: `error`, where steps fail again and again, as they do on a broken device.
         """
         rows = batch.rows
-        if is_out_of_memory(error) and len(rows) > 1:
-            self._most = len(rows) // 2
-            logger.warning("memory is short: %d requests at a time from here on", self._most)
+        short = is_out_of_memory(error)
+        if short and self.editor.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if short and len(rows) > 1:
+            self._most = max(1.0, min(self._most, sum(row.cost for row in rows) / 2))
+            self._good_steps = 0
+            logger.warning("memory is short: batches of %g from here on", self._most)
             batch.scatter()
             with self._changed:
-                for row in reversed(rows[self._most :]):
+                kept = list(rows)
+                while len(kept) > 1 and sum(row.cost for row in kept) > self._most:
+                    row = kept.pop()
                     self._running.remove(row)
                     self._ready.appendleft(row)
                     self._waiting += 1
             return
-        self._failures += 1
+        if short:
+            width, height = rows[0].picture.size
+            error = ConfigError(f"size {width}x{height} takes more memory than there is here")
+        else:
+            self._failures += 1
         with self._changed:
             for row in rows:
                 self._running.remove(row)
@@ -297,6 +339,13 @@ class Engine:
             _settle(row.ticket, error)
         if self._failures == 3:
             raise error
+
+    def _grow(self) -> None:
+        """Tries a larger batch again, long after memory was short."""
+        self._good_steps += 1
+        if self._most < self.config.batch_size and self._good_steps >= GOOD_STEPS:
+            self._most = min(float(self.config.batch_size), self._most + 1)
+            self._good_steps = 0
 
     def _show(self, row: Row, step: int, latents: torch.Tensor) -> None:
         """A preview, to whoever asked for one."""
@@ -309,7 +358,7 @@ class Engine:
 
     def _finish(self, row: Row) -> None:
         try:
-            if _wanted(row.ticket, "decoding"):
+            if not row.ticket.future.done():
                 with self._stream(self._decoding_stream):
                     edited = self.editor.decode(row.progress.x)[0]
                 self._observer.staged("decoding", time.monotonic() - row.since)
@@ -320,16 +369,18 @@ class Engine:
             with self._changed:
                 self._decoding -= 1
                 self._changed.notify_all()
-            self._tell()
+                self._tell()
 
     def _leave_queue(self) -> None:
         with self._changed:
             self._waiting -= 1
             self._changed.notify_all()
+            self._tell()
 
     def _tell(self) -> None:
-        waiting, running = self.load
-        self._observer.queued(waiting, running)
+        # under the lock, so that what is told last is true
+        with self._changed:
+            self._observer.queued(self._waiting, len(self._running) + self._decoding)
 
     def _synchronize(self) -> None:
         """Until the device has done what it was given, so that other streams may read it."""
@@ -350,14 +401,6 @@ def _own_stream(device: torch.device) -> torch.cuda.Stream | None:
     if device.type != "cuda":
         return None
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _wanted(ticket: Ticket, stage: str) -> bool:
-    """Whether a picture is still waited for; one whose time is over is told so."""
-    if not ticket.future.done() and time.monotonic() > ticket.expires:
-        seconds = ticket.request.deadline_s
-        _settle(ticket, DeadlineError(f"not done after {seconds:g} s; it was in {stage}"))
-    return not ticket.future.done()
 
 
 def _settle(ticket: Ticket, outcome: Image.Image | BaseException) -> None:

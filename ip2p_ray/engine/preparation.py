@@ -84,7 +84,9 @@ class Preparation:
         data = picture.tobytes()
         key = picture.size, hashlib.blake2b(data, digest_size=16).digest()
         model = self._editor.model
-        found, kept = self._images.get(key, lambda: model.encode_image(to_tensor(picture)[None])[0])
+        found, kept = self._images.get(
+            key, lambda: model.encode_image(to_tensor(picture)[None])[0].clone()
+        )
         self._observer.looked_up("image", kept)
         return found
 
@@ -132,6 +134,8 @@ def _transparent(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
         raise ImageError(_other_size(upright.size, size))
     if not upright.has_transparency_data:
         raise ImageError("mask has no transparency; it is transparent where to edit")
+    if upright.mode.startswith(("I", "F")):
+        raise ImageError("mask has more than 8 bits a channel; save it with 8")
     return upright.convert("RGBA").getchannel("A").point(_TRANSPARENT)
 
 

@@ -41,6 +41,8 @@ class Row:
     """Pixels by those of a picture of the editor's usual size, at least 1."""
     step: int = 0
     """Steps that were taken."""
+    noise: torch.Tensor | None = None
+    """Of the step that is being taken; kept where that fails, as a stream is drawn from once."""
     since: float = field(default_factory=time.monotonic)
     """When the stage it is in began."""
 
@@ -109,27 +111,29 @@ class Batch:
         )
         for row in self.rows:
             row.step += 1
+            row.noise = None
 
     def _noise(self) -> torch.Tensor:
         """A draw of each row's own stream; the last step takes none."""
         shape = self._progress.x.shape[1:]
-        drawn = [
-            torch.zeros(1, *shape)
-            if row.step == len(row.sigmas) - 2
-            else row_noise([row.generator], shape)
-            for row in self.rows
-        ]
-        return torch.cat(drawn)
+        for row in self.rows:
+            last = row.step == len(row.sigmas) - 2
+            if row.noise is None:
+                row.noise = torch.zeros(1, *shape) if last else row_noise([row.generator], shape)
+        return torch.cat([row.noise for row in self.rows if row.noise is not None])
 
     def scatter(self) -> list[Row]:
-        """The rows, each with its own progress again."""
+        """The rows, each with its own progress again; takes no memory."""
         for index, row in enumerate(self.rows):
-            row.progress = self._progress.take([index])
+            row.progress = Progress(
+                *(part[index : index + 1] for part in vars(self._progress).values())
+            )
         return self.rows
 
     def guess(self, row: Row) -> torch.Tensor:
         """What the last step took for a row's clean latents, (1, channel, height, width)."""
-        return self._progress.denoised[[self.rows.index(row)]]
+        index = self.rows.index(row)
+        return self._progress.denoised[index : index + 1]
 
 
 def latent_mask(mask: Image.Image, size: tuple[int, int]) -> torch.Tensor:

@@ -124,7 +124,7 @@ def multipart(fields, boundary=b"frontier"):
 def head(*headers, path=EDITS, method="POST"):
     """The head of a request with a multipart body."""
     kind = "Content-Type: multipart/form-data; boundary=frontier"
-    lines = [f"{method} {path} HTTP/1.1", "Host: here", kind, *headers, "", ""]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", kind, *headers, "", ""]
     return "\r\n".join(lines).encode("latin-1")
 
 

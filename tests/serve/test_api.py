@@ -171,11 +171,17 @@ def test_a_stream_that_fails_before_its_first_event_has_a_status(start):
     assert problem(service.ask(b"none", stream="true"), 400)["param"] == "image"
 
 
-def test_the_models_are_listed(service):
+def test_the_models_are_listed_with_what_they_are_used_with(service):
     with client(service) as api:
         [model] = api.models.list().data
     assert (model.id, model.object, model.owned_by) == ("tiny", "model", "ip2p_ray")
     assert abs(model.created - time.time()) < 3600
+    settings = service.editing.engine.editor.settings
+    assert model.model_extra["defaults"] == {
+        "steps": settings.steps,
+        "text_guidance_scale": settings.text_guidance_scale,
+        "image_guidance_scale": settings.image_guidance_scale,
+    }
 
 
 def test_the_seed_that_comes_back_makes_the_same_picture(service):
@@ -547,7 +553,7 @@ def test_no_host_header_lets_anybody_in(start, host):
 
 
 def test_query_strings_of_any_bytes_are_ignored(service):
-    status, _, _ = service.say(b"GET /healthz?\xff\xfe=%zz HTTP/1.1\r\nHost: x\r\n\r\n")
+    status, _, _ = service.say(b"GET /healthz?\xff\xfe=%zz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert status in (200, 400)
 
 
@@ -556,7 +562,7 @@ def test_no_page_of_another_origin_may_read_answers(service, start):
     preflight = {**origin, "Access-Control-Request-Method": "POST"}
     shut = httpx.get(f"{service.url}/v1/models", headers=origin)
     assert not [name for name in shut.headers if name.startswith("access-control")]
-    assert httpx.options(service.url + EDITS, headers=preflight).status_code == 405
+    assert httpx.options(service.url + EDITS, headers=preflight).status_code == 403
     opened_to = start(cors_origins=("https://elsewhere.example",), keys=Keys([KEY]))
     allowed = "access-control-allow-origin"
     answer = httpx.options(opened_to.url + EDITS, headers=preflight)

@@ -159,6 +159,14 @@ def test_a_rate_below_one_a_quarter_is_one_at_a_time():
     assert rate.wait_s(0, now=0.0) == pytest.approx(120.0)
 
 
+def test_what_is_not_made_costs_nothing(start):
+    service = start(keys=Keys([KEY]), requests_per_minute=4.0)  # one at once
+    for _ in range(5):
+        assert service.ask(b"no picture", headers=bearer(KEY)).status_code == 400
+    assert service.ask(headers=bearer(KEY)).status_code == 200
+    assert service.ask(headers=bearer(KEY)).status_code == 429
+
+
 @pytest.fixture
 def guarded(start):
     return start(keys=Keys([KEY, OTHER]))
@@ -225,6 +233,25 @@ def test_without_keys_only_the_machine_itself_is_answered(start):
         assert httpx.get(f"{service.url}/v1/models", headers=headers).status_code == 403
     port = service.url.rpartition(":")[2]
     assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 200
+
+
+def test_without_keys_no_page_from_elsewhere_is_answered(start):
+    """Though the browser that it sends is on this machine."""
+    service = start()
+    told, edits = {"image": PICTURE}, f"{service.url}/v1/images/edits"
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Host": "evil.example"},
+        {"Host": "["},
+    ):
+        answer = httpx.post(edits, headers=headers, files=told, data={"prompt": "x"})
+        assert problem(answer, 403)["code"] == "keys_required"
+    for headers in ({"Origin": service.url}, {"Host": "localhost:8000"}, {"Host": "[::1]"}):
+        assert httpx.get(f"{service.url}/v1/models", headers=headers).status_code == 200
+    opened_to = start(cors_origins=("https://friend.example",))
+    answer = httpx.get(f"{opened_to.url}/v1/models", headers={"Origin": "https://friend.example"})
+    assert answer.status_code == 200
 
 
 def test_with_keys_or_waived_others_are_answered(start):
