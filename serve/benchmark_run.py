@@ -113,12 +113,15 @@ def compare(job: EditorBenchmark) -> dict[str, Any]:
         for way in WAYS:
             _deploy(bench, way, threads[way])
         difference = _difference(bench)
+        wait, waits = _search_wait(bench)
         results = _saturate(bench)
         overhead = _overhead(bench)
         capacity = results["reference"]["images_per_s"]
         _offer(bench, capacity, results)
-        for way in WAYS:
-            serve.delete(way)
+    results["request_batching"] |= {
+        "batch_wait_s": wait,
+        "batch_waits_p95_s": {f"{each:.3f}": p95 for each, p95 in waits.items()},
+    }
     for way, result in results.items():
         result["threads"] = threads[way]
         result["threads_searched"] = {str(k): rate for k, rate in searched[way].items()}
@@ -197,8 +200,7 @@ def _service() -> Iterator[str]:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         yield f"http://127.0.0.1:{port}"
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+        ray.shutdown()  # and Serve with it
 
 
 def _deploy(bench: _Bench, way: str, threads: int) -> None:
@@ -228,8 +230,6 @@ def _deploy(bench: _Bench, way: str, threads: int) -> None:
         serve.run(application(config, WAYS[way]), name=way, route_prefix=f"/{way}")
     except RuntimeError as error:
         raise Ip2pError(f"the service does not start: {_reason(way) or error}") from error
-    if way == "request_batching":
-        _handle(way).wait_for_batches.remote(job.batch_wait_s).result()
 
 
 def _reason(way: str) -> str:
@@ -275,6 +275,31 @@ def _search(
 
 def _quickest(rates: Mapping[int, float], choices: tuple[int, ...]) -> int:
     return max(choices, key=lambda threads: rates.get(threads, 0.0))
+
+
+def _search_wait(bench: _Bench) -> tuple[float, dict[float, float | None]]:
+    """How long a batch of whole requests best waits to become full, and p95 by such times.
+
+    `serve.batch` closes a batch after that time even while the one before is computed, so that a
+    short wait leaves batches nearly empty.
+    """
+    job, way = bench.job, "request_batching"
+    for each in ("reference", way):
+        _warm_up(bench, each)
+    capacity = _throughput(bench, "reference")["images_per_s"]
+    waits = job.batch_waits_s or (0.01, *(times / capacity for times in (0.5, 1.0, 2.0, 4.0)))
+    moments = load.poisson_arrivals(job.compare_at * capacity, job.saturation, job.seed + 1)
+    found: dict[float, float | None] = {}
+    for wait in waits if len(waits) > 1 else ():
+        _handle(way).wait_for_batches.remote(wait).result()
+        answers, done = bench.send(way, job.saturation, arrivals=moments)
+        _checked(answers)
+        found[wait] = load.summary(answers)["p95_s"]
+        told = wait, found[wait], done.rows / done.batches
+        logger.info("batches that wait %.2f s: p95 %.2f s, %.1f requests in one", *told)
+    best = min(waits, key=lambda wait: found.get(wait) or 0.0)
+    _handle(way).wait_for_batches.remote(best).result()
+    return best, found
 
 
 def _warm_up(bench: _Bench, way: str) -> None:
@@ -364,6 +389,7 @@ def _offer(bench: _Bench, capacity: float, results: Mapping[str, dict[str, Any]]
                     "offered_per_s": times * capacity,
                     **load.summary(answers),
                     "batch_rows": done.rows / done.batches if done.batches else None,
+                    "load_average": round(os.getloadavg()[0], 2),
                 }
                 result["loads"].append(found)
                 logger.info(
