@@ -54,6 +54,8 @@ MEAN_DIFFERENCE = {"float32": 0.5, "bfloat16": 8.0, "float16": 8.0}
 COMPARED = 4
 """Pictures that are looked at for that."""
 LATENCIES = ("p50_s", "p95_s", "p99_s")
+RATIOS = ("images_per_s", "cpu_s_per_image", *LATENCIES)
+"""Of what ratios are told: the medians of the ratios of turns that followed each other."""
 
 
 @dataclass
@@ -128,9 +130,10 @@ def compare(job: EditorBenchmark) -> dict[str, Any]:
         [at] = [
             each
             for each in result["loads"]
-            if each["arrivals"] == "poisson" and each["times_capacity"] == job.compare_at
+            if (each["arrivals"], each["times_capacity"]) == _compared(job)
         ]
         result |= {key: at[key] for key in LATENCIES}
+        result["rounds"] |= at["rounds"]
     return {
         "benchmark": "editor",
         **facts,
@@ -377,26 +380,57 @@ def _order(asked: load.Asked, number: int) -> Order:
 
 def _offer(bench: _Bench, capacity: float, results: Mapping[str, dict[str, Any]]) -> None:
     """Every rate and kind of arrivals to every way in turn; the figures go into `results`."""
-    job = bench.job
-    for kind, arrivals in load.ARRIVALS.items():
-        for times in job.rates:
-            moments = arrivals(times * capacity, job.requests, job.seed)
-            for way, result in results.items():
-                answers, done = bench.send(way, job.requests, arrivals=moments)
-                found = {
-                    "arrivals": kind,
-                    "times_capacity": times,
-                    "offered_per_s": times * capacity,
-                    **load.summary(answers),
-                    "batch_rows": done.rows / done.batches if done.batches else None,
-                    "load_average": round(os.getloadavg()[0], 2),
-                }
-                result["loads"].append(found)
+    for kind in load.ARRIVALS:
+        for times in bench.job.rates:
+            rounds = bench.job.rounds if (kind, times) == _compared(bench.job) else 1
+            for way, found in _load(bench, kind, times, capacity, rounds).items():
+                results[way]["loads"].append(found)
                 logger.info(
                     "%s at %.2f/s, %s: p50 %.2f s, p95 %.2f s",
                     *(way, times * capacity, kind),
                     *(found["p50_s"] or float("nan"), found["p95_s"] or float("nan")),
                 )
+
+
+def _compared(job: EditorBenchmark) -> tuple[str, float]:
+    """The load whose latencies are compared in the first lines; it is offered in rounds."""
+    return "poisson", job.compare_at
+
+
+def _load(
+    bench: _Bench, kind: str, times: float, capacity: float, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """What each way made of a load; of rounds the medians, each way in each round in turn."""
+    job, rate = bench.job, times * capacity
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for number in range(rounds):
+        moments = load.ARRIVALS[kind](rate, job.requests, job.seed + number)
+        for way, turns in found.items():
+            answers, done = bench.send(way, job.requests, arrivals=moments)
+            rows = done.rows / done.batches if done.batches else None
+            turns.append({**load.summary(answers), "batch_rows": rows})
+    return {
+        way: {
+            "arrivals": kind,
+            "times_capacity": times,
+            "offered_per_s": rate,
+            **_middle(turns),
+            "rounds": {key: [turn[key] for turn in turns] for key in LATENCIES},
+            "load_average": round(os.getloadavg()[0], 2),
+        }
+        for way, turns in found.items()
+    }
+
+
+def _middle(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of rounds the sum of what is counted, the worst lateness, and medians of what is measured."""
+    counted = ("requests", "answered", "rejected", "failed")
+    middle: dict[str, Any] = {key: sum(turn[key] for turn in turns) for key in counted}
+    middle["late_s"] = max(turn["late_s"] for turn in turns)
+    for key in ("images_per_s", *LATENCIES, "batch_rows"):
+        known = [turn[key] for turn in turns if turn[key] is not None]
+        middle[key] = median(known) if known else None
+    return middle
 
 
 def _difference(bench: _Bench) -> dict[str, float]:
@@ -443,8 +477,8 @@ def _checked(answers: list[load.Answer]) -> None:
 
 def _ratios(results: Mapping[str, Mapping[str, Any]], base: str) -> dict[str, float | None]:
     ours, theirs = results["ours"], results[base]
-    rounds = {
-        key: measure.median_ratio(ours["rounds"][key], theirs["rounds"][key])
-        for key in ("images_per_s", "cpu_s_per_image")
+    rounds = ((key, ours["rounds"][key], theirs["rounds"][key]) for key in RATIOS)
+    return {
+        key: None if None in (*above, *below) else measure.median_ratio(above, below)
+        for key, above, below in rounds
     }
-    return {**rounds, **{key: measure.ratio(ours[key], theirs[key]) for key in LATENCIES}}

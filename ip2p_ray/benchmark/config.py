@@ -137,7 +137,7 @@ class EditorBenchmark:
     saturation: int = 48
     """Requests of a turn that measures throughput, with two batches of them under way."""
     rounds: int = 3
-    """Turns of each way that measure throughput; medians are reported."""
+    """Turns of each way at saturation, and at `compare_at`; medians are reported."""
     sequential: int = 50
     """Requests that are sent one after another, through HTTP and to the bare engine."""
     seed: int = 0
