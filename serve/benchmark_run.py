@@ -54,6 +54,8 @@ MEAN_DIFFERENCE = {"float32": 0.5, "bfloat16": 8.0, "float16": 8.0}
 COMPARED = 4
 """Pictures that are looked at for that."""
 LATENCIES = ("p50_s", "p95_s", "p99_s")
+RATIOS = ("images_per_s", "cpu_s_per_image", *LATENCIES)
+"""Of what ratios are told: the medians of the ratios of turns that followed each other."""
 
 
 @dataclass
@@ -113,21 +115,25 @@ def compare(job: EditorBenchmark) -> dict[str, Any]:
         for way in WAYS:
             _deploy(bench, way, threads[way])
         difference = _difference(bench)
+        wait, waits = _search_wait(bench)
         results = _saturate(bench)
         overhead = _overhead(bench)
         capacity = results["reference"]["images_per_s"]
         _offer(bench, capacity, results)
-        for way in WAYS:
-            serve.delete(way)
+    results["request_batching"] |= {
+        "batch_wait_s": wait,
+        "batch_waits_p95_s": {f"{each:.3f}": p95 for each, p95 in waits.items()},
+    }
     for way, result in results.items():
         result["threads"] = threads[way]
         result["threads_searched"] = {str(k): rate for k, rate in searched[way].items()}
         [at] = [
             each
             for each in result["loads"]
-            if each["arrivals"] == "poisson" and each["times_capacity"] == job.compare_at
+            if (each["arrivals"], each["times_capacity"]) == _compared(job)
         ]
         result |= {key: at[key] for key in LATENCIES}
+        result["rounds"] |= at["rounds"]
     return {
         "benchmark": "editor",
         **facts,
@@ -197,8 +203,7 @@ def _service() -> Iterator[str]:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         yield f"http://127.0.0.1:{port}"
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+        ray.shutdown()  # and Serve with it
 
 
 def _deploy(bench: _Bench, way: str, threads: int) -> None:
@@ -228,8 +233,6 @@ def _deploy(bench: _Bench, way: str, threads: int) -> None:
         serve.run(application(config, WAYS[way]), name=way, route_prefix=f"/{way}")
     except RuntimeError as error:
         raise Ip2pError(f"the service does not start: {_reason(way) or error}") from error
-    if way == "request_batching":
-        _handle(way).wait_for_batches.remote(job.batch_wait_s).result()
 
 
 def _reason(way: str) -> str:
@@ -275,6 +278,31 @@ def _search(
 
 def _quickest(rates: Mapping[int, float], choices: tuple[int, ...]) -> int:
     return max(choices, key=lambda threads: rates.get(threads, 0.0))
+
+
+def _search_wait(bench: _Bench) -> tuple[float, dict[float, float | None]]:
+    """How long a batch of whole requests best waits to become full, and p95 by such times.
+
+    `serve.batch` closes a batch after that time even while the one before is computed, so that a
+    short wait leaves batches nearly empty.
+    """
+    job, way = bench.job, "request_batching"
+    for each in ("reference", way):
+        _warm_up(bench, each)
+    capacity = _throughput(bench, "reference")["images_per_s"]
+    waits = job.batch_waits_s or (0.01, *(times / capacity for times in (0.5, 1.0, 2.0, 4.0)))
+    moments = load.poisson_arrivals(job.compare_at * capacity, job.saturation, job.seed + 1)
+    found: dict[float, float | None] = {}
+    for wait in waits if len(waits) > 1 else ():
+        _handle(way).wait_for_batches.remote(wait).result()
+        answers, done = bench.send(way, job.saturation, arrivals=moments)
+        _checked(answers)
+        found[wait] = load.summary(answers)["p95_s"]
+        told = wait, found[wait], done.rows / done.batches
+        logger.info("batches that wait %.2f s: p95 %.2f s, %.1f requests in one", *told)
+    best = min(waits, key=lambda wait: found.get(wait) or 0.0)
+    _handle(way).wait_for_batches.remote(best).result()
+    return best, found
 
 
 def _warm_up(bench: _Bench, way: str) -> None:
@@ -352,25 +380,57 @@ def _order(asked: load.Asked, number: int) -> Order:
 
 def _offer(bench: _Bench, capacity: float, results: Mapping[str, dict[str, Any]]) -> None:
     """Every rate and kind of arrivals to every way in turn; the figures go into `results`."""
-    job = bench.job
-    for kind, arrivals in load.ARRIVALS.items():
-        for times in job.rates:
-            moments = arrivals(times * capacity, job.requests, job.seed)
-            for way, result in results.items():
-                answers, done = bench.send(way, job.requests, arrivals=moments)
-                found = {
-                    "arrivals": kind,
-                    "times_capacity": times,
-                    "offered_per_s": times * capacity,
-                    **load.summary(answers),
-                    "batch_rows": done.rows / done.batches if done.batches else None,
-                }
-                result["loads"].append(found)
+    for kind in load.ARRIVALS:
+        for times in bench.job.rates:
+            rounds = bench.job.rounds if (kind, times) == _compared(bench.job) else 1
+            for way, found in _load(bench, kind, times, capacity, rounds).items():
+                results[way]["loads"].append(found)
                 logger.info(
                     "%s at %.2f/s, %s: p50 %.2f s, p95 %.2f s",
                     *(way, times * capacity, kind),
                     *(found["p50_s"] or float("nan"), found["p95_s"] or float("nan")),
                 )
+
+
+def _compared(job: EditorBenchmark) -> tuple[str, float]:
+    """The load whose latencies are compared in the first lines; it is offered in rounds."""
+    return "poisson", job.compare_at
+
+
+def _load(
+    bench: _Bench, kind: str, times: float, capacity: float, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """What each way made of a load; of rounds the medians, each way in each round in turn."""
+    job, rate = bench.job, times * capacity
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for number in range(rounds):
+        moments = load.ARRIVALS[kind](rate, job.requests, job.seed + number)
+        for way, turns in found.items():
+            answers, done = bench.send(way, job.requests, arrivals=moments)
+            rows = done.rows / done.batches if done.batches else None
+            turns.append({**load.summary(answers), "batch_rows": rows})
+    return {
+        way: {
+            "arrivals": kind,
+            "times_capacity": times,
+            "offered_per_s": rate,
+            **_middle(turns),
+            "rounds": {key: [turn[key] for turn in turns] for key in LATENCIES},
+            "load_average": round(os.getloadavg()[0], 2),
+        }
+        for way, turns in found.items()
+    }
+
+
+def _middle(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of rounds the sum of what is counted, the worst lateness, and medians of what is measured."""
+    counted = ("requests", "answered", "rejected", "failed")
+    middle: dict[str, Any] = {key: sum(turn[key] for turn in turns) for key in counted}
+    middle["late_s"] = max(turn["late_s"] for turn in turns)
+    for key in ("images_per_s", *LATENCIES, "batch_rows"):
+        known = [turn[key] for turn in turns if turn[key] is not None]
+        middle[key] = median(known) if known else None
+    return middle
 
 
 def _difference(bench: _Bench) -> dict[str, float]:
@@ -417,8 +477,8 @@ def _checked(answers: list[load.Answer]) -> None:
 
 def _ratios(results: Mapping[str, Mapping[str, Any]], base: str) -> dict[str, float | None]:
     ours, theirs = results["ours"], results[base]
-    rounds = {
-        key: measure.median_ratio(ours["rounds"][key], theirs["rounds"][key])
-        for key in ("images_per_s", "cpu_s_per_image")
+    rounds = ((key, ours["rounds"][key], theirs["rounds"][key]) for key in RATIOS)
+    return {
+        key: None if None in (*above, *below) else measure.median_ratio(above, below)
+        for key, above, below in rounds
     }
-    return {**rounds, **{key: measure.ratio(ours[key], theirs[key]) for key in LATENCIES}}

@@ -112,6 +112,17 @@ def test_a_share_is_plotted_from_zero_and_not_beyond_what_it_can_be(value, last)
     assert (ticks[0], ticks[-1]) == ("0", last)
 
 
+def test_equal_factors_are_equally_far_apart_on_a_logarithmic_plot():
+    points = [(0.0, 0.02), (1.0, 0.2), (2.0, 2.0), (3.0, 1.0)]
+    svg = plot([Series("x", points)], x_label="x", y_label="y", logarithmic=True)
+    drawn = svg.split('points="')[1].split('"')[0].split()
+    first, second, third, fourth = (float(place.split(",")[1]) for place in drawn)
+    assert first - second == pytest.approx(second - third, abs=0.2)
+    assert third < fourth < second
+    assert re.findall(r'"end">([\d.]+)<', svg) == ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]
+    assert "<svg" in plot([Series("x", points[:1])], x_label="x", y_label="y", logarithmic=True)
+
+
 def test_one_point_and_no_point_can_be_plotted():
     assert "polyline" in plot([Series("a", [(1.0, 1.0)])], x_label="x", y_label="y")
     assert plot([], x_label="x", y_label="y") == ""

@@ -73,19 +73,19 @@ class Answer:
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> tuple[float, ...]:
-    """When `count` requests are due that know nothing of each other, `rate` a second on average."""
+    """When `count` requests are due that know nothing of each other, `rate` a second in all."""
     rng = random.Random(seed)
     at, found = 0.0, []
     for _ in range(count):
         at += rng.expovariate(rate)
         found.append(at)
-    return tuple(found)
+    return _paced(found, rate)
 
 
 def bursty_arrivals(
     rate: float, count: int, seed: int, *, burst: float = BURST
 ) -> tuple[float, ...]:
-    """As many on average in bursts: all of a burst are due at once, bursts at Poisson moments.
+    """As many, in bursts: all of a burst are due at once, bursts at Poisson moments.
 
     Sizes are geometric with mean `burst`.
     """
@@ -99,7 +99,13 @@ def bursty_arrivals(
         while rng.random() >= 1 / burst:
             size += 1
         found += [at] * size
-    return tuple(found[:count])
+    return _paced(found[:count], rate)
+
+
+def _paced(moments: Sequence[float], rate: float) -> tuple[float, ...]:
+    """The moments, stretched to the rate exactly: by chance a few requests may be far from it."""
+    stretch = len(moments) / rate / moments[-1]
+    return tuple(moment * stretch for moment in moments)
 
 
 ARRIVALS = {"poisson": poisson_arrivals, "bursty": bursty_arrivals}

@@ -91,6 +91,11 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
     loads = [load for way in NAMES for load in found[way]["loads"]]
     rejected, failed = (sum(load[key] for load in loads) for key in ("rejected", "failed"))
     late = max(load["late_s"] for load in loads)
+    batches = found["request_batching"]
+    waits = ", ".join(
+        f"{float(wait):g} s: {cell(p95, 1000.0, ',.0f')}"
+        for wait, p95 in batches["batch_waits_p95_s"].items()
+    )
     searched = "; ".join(
         f"{NAMES[way]} "
         + ", ".join(
@@ -111,6 +116,8 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
             if searched
             else []
         ),
+        f"batches of whole requests wait {batches['batch_wait_s']:.3g} s to become full"
+        + (f", which was best (p95 in ms by wait: {waits})" if waits else ""),
         f"pictures of the three ways differ by {found['mean_difference']:.4f} of 255 on average "
         f"(bound {found['mean_difference_bound']:g}), {found['max_difference']} at most",
         f"{rejected} requests were rejected and {failed} failed; none was sent more than "

@@ -66,7 +66,11 @@ FOUND = {
     },
     "cold_start": {"process_to_first_picture_s": 31.4, "replica_s": 9.0, "first_picture_s": 0.2},
     "reference": way(1.0),
-    "request_batching": way(2.0),
+    "request_batching": {
+        **way(2.0),
+        "batch_wait_s": 0.25,
+        "batch_waits_p95_s": {"0.010": 0.5, "0.250": 0.125},
+    },
     "ours": way(2.5),
     "ratio": {"images_per_s": 2.5, "p50_s": 0.4, "p95_s": 0.4, "p99_s": 0.4},
     "ratio_to_request_batching": {"images_per_s": 1.25, "p50_s": 0.8, "p95_s": 0.8, "p99_s": None},
@@ -81,6 +85,7 @@ def test_the_table_tells_figures_ratios_and_loads():
     assert late[-5:] == ["120", "300", "150", "0.40", "-"]
     [load] = [line for line in lines if line.startswith("bursty 6.00/s (1.5 x)")]
     assert "100 / 200 / 300; 3.00; 2.0" in load
+    assert any("wait 0.25 s to" in line and "0.01 s: 500, 0.25 s: 125" in line for line in lines)
     assert any("add 10.0 ms" in line for line in lines)
     assert any(line.startswith("12 requests were rejected and 0 failed") for line in lines)
 

@@ -16,7 +16,7 @@ FLAGS = {
     "--resolution",
     "--steps",
     "--batch-size",
-    "--batch-wait-s",
+    "--batch-waits-s",
     "--threads",
     "--rates",
     "--compare-at",
@@ -43,6 +43,7 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path):
         (["--requests", "0"], "--requests is at least 1, got 0"),
         (["--rates", "0.5", "0", "1.2"], "--rates are numbers above 0"),
         (["--rates", "0.5", "1.0"], "--compare-at is one of --rates [0.5, 1.0], got 1.2"),
+        (["--batch-waits-s", "0.1", "-1"], "--batch-waits-s are not negative, got -1"),
         (["--model", "x", "--sd15"], "--model and --sd15 are two models"),
         (["--plot", tmp_path], "is a folder"),
     ):
@@ -62,7 +63,7 @@ def test_a_device_that_is_not_there_ends_in_status_1_and_a_sentence():
 def test_the_table_is_printed_and_the_files_written(tiny_weights, tmp_path):
     load_editor(tiny_weights).save(tmp_path / "editor")
     small = ["--requests", "4", "--saturation", "4", "--rounds", "1", "--sequential", "2"]
-    rates = ["--rates", "1.2", "--threads", "1", "--batch-size", "2"]
+    rates = ["--rates", "1.2", "--threads", "1", "--batch-size", "2", "--batch-waits-s", "0.1"]
     files = ["--json", tmp_path / "editor.json", "--plot", tmp_path / "editor.html"]
     done = run_job("--model", tmp_path / "editor", *small, *rates, *files)
     assert done.returncode == 0, done.stderr
