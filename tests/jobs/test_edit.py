@@ -130,7 +130,7 @@ def test_a_folder_is_edited_by_a_busy_service_a_few_at_a_time(tmp_path):
     (folder / "broken.jpg").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("not taken for a picture")
     command = ["--image", folder, "--instruction", "x", "--at-once", "2"]
-    behaviour = ServiceBehaviour(full=3, retry_after_s=0.05, step_s=0.02)
+    behaviour = ServiceBehaviour(full=3, retry_after_s=0.05, step_s=0.25)
     with FakeService(behaviour) as service:
         done = run_job(*command, "--server", service.url)
         assert service.edits == 5

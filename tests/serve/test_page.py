@@ -201,7 +201,7 @@ def test_shipped_pictures_and_examples_are_a_click_away(page, service):
 
 @needs_browser
 def test_an_edit_shows_how_far_it_is_and_can_be_stopped(page, service):
-    service.behaviour = ServiceBehaviour(steps=100, step_s=0.05)
+    service.behaviour = ServiceBehaviour(steps=100, step_s=0.4)
     choose(page)
     page.locator("#settings button").first.click()
     page.locator("#steps input[type=number]").fill("100")
