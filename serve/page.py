@@ -185,6 +185,7 @@ def build(args: PageConfig) -> "Application":
         num_replicas=1,
         max_ongoing_requests=MAX_ONGOING,
         ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},
     )
     return deployment(serve.ingress(lambda: create_app(args, path="/"))()).bind()
 
