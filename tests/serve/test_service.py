@@ -88,7 +88,7 @@ def editor_pids():
     return found
 
 
-def wait_until(true, timeout=90, why=""):
+def wait_until(true, timeout=240, why=""):
     ends = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < ends, f"not after {timeout} s: {why}"
