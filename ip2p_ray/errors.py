@@ -65,7 +65,7 @@ class StoppedError(Ip2pError):
 
 
 class DeadlineError(Ip2pError):
-    """A request was not done in the time that it was given; the text says at which stage."""
+    """A request was not done in the time that it was given; the text says how long that was."""
 
 
 class BudgetError(Ip2pError):

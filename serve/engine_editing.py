@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import io
-import logging
 from collections.abc import AsyncIterator, Sequence
 
 from PIL import Image, UnidentifiedImageError
 
 from ip2p_ray.editor import Editor
-from ip2p_ray.engine import Engine, EngineConfig, EngineRequest, Observer, Ticket
+from ip2p_ray.engine import Engine, EngineConfig, EngineRequest, Observer, Preview, Ticket
 from ip2p_ray.errors import ImageError, LargeImageError, QueueFullError, StoppedError
 from ip2p_ray.images import FORMATS, MAX_PIXELS, UNREADABLE, check_pixels, far_too_large
 from serve.orders import BusyError, Defaults, Edited, Order, ReplicaLostError
-
-logger = logging.getLogger(__name__)
 
 LONGEST = 16
 """How many times as long as wide a picture may be; the model would not see what is on it."""
@@ -115,9 +112,9 @@ class EngineEditing:
             for seed in order.seeds
         ]
 
-    def _submit(self, requests: Sequence[EngineRequest], show: object) -> list[Ticket]:
+    def _submit(self, requests: Sequence[EngineRequest], show: Preview | None) -> list[Ticket]:
         try:
-            return self._engine.submit_all(list(requests), show)  # type: ignore[arg-type]
+            return self._engine.submit_all(list(requests), show)
         except QueueFullError as error:
             raise BusyError(str(error)) from error
         except StoppedError as error:
