@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -265,7 +265,7 @@ class _Service:
         )
 
     async def _events(
-        self, asked: Asked, first: Edited, rest: AsyncIterator[Edited]
+        self, asked: Asked, first: Edited, rest: AsyncGenerator[Edited, None]
     ) -> AsyncIterator[bytes]:
         index, began = 0, time.monotonic()
         edited: Edited | None = first
@@ -280,7 +280,7 @@ class _Service:
             self._counting.refused(problem.reason)
             yield _sse("error", problem.body)
         finally:
-            await rest.aclose()  # type: ignore[attr-defined]
+            await rest.aclose()
 
     async def models(self) -> dict[str, Any]:
         """The model that is served, and what it is used with where a request states nothing."""

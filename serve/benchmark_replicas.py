@@ -9,7 +9,7 @@ import asyncio
 import io
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,7 +124,7 @@ class OneByOne:
             )
         )
 
-    async def stream(self, order: Order) -> AsyncIterator[Edited]:
+    async def stream(self, order: Order) -> AsyncGenerator[Edited, None]:
         """The picture alone; a pipeline shows nothing on the way."""
         for edited in await self.edit(order):
             yield edited

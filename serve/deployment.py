@@ -7,7 +7,7 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -103,7 +103,7 @@ class EditorReplica:
         assert self._editing is not None
         return await self._editing.edit(order)
 
-    async def stream(self, order: Order) -> AsyncIterator[Edited]:
+    async def stream(self, order: Order) -> AsyncGenerator[Edited, None]:
         """See `Editing`."""
         assert self._editing is not None
         async for edited in self._editing.stream(order):
@@ -185,7 +185,7 @@ class HandleEditing:
                     logger.warning("a replica was lost under a request, which is sent again")
         raise AssertionError("not reached")
 
-    async def stream(self, order: Order) -> AsyncIterator[Edited]:
+    async def stream(self, order: Order) -> AsyncGenerator[Edited, None]:
         """See `Editing`; previews that were shown before a replica died are not shown again."""
         shown = 0
         ends = None if order.deadline_s is None else time.monotonic() + order.deadline_s

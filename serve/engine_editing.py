@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from PIL import Image, UnidentifiedImageError
 
@@ -47,7 +47,7 @@ class EngineEditing:
             for ticket in tickets:
                 ticket.cancel()
 
-    async def stream(self, order: Order) -> AsyncIterator[Edited]:
+    async def stream(self, order: Order) -> AsyncGenerator[Edited, None]:
         """Previews and at last the picture; see `Editing`."""
         [request] = await self._requests(order)
         loop = asyncio.get_running_loop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -79,7 +79,7 @@ class Editing(Protocol):
         """One picture a seed. Being cancelled frees the places that were taken."""
         ...
 
-    def stream(self, order: Order) -> AsyncIterator[Edited]:
+    def stream(self, order: Order) -> AsyncGenerator[Edited, None]:
         """Previews and at last the picture, of an order of one seed; closing it frees the place."""
         ...
 
