@@ -43,6 +43,25 @@ def is_web_address(text: str) -> bool:
     return url.scheme in ("http", "https") and bool(url.hostname) and not set(text) & set(" \t\n")
 
 
+def require_uri(flag: str, uri: str | Path, *, written: bool = False) -> None:
+    """Checks that it is a local path or file:///..., or s3://bucket/folder.
+
+    A local folder that is to be `written` is checked as `require_place` does.
+
+    Raises:
+        ConfigError: it is not; the flag and what was given are named.
+    """
+    text = str(uri)
+    if "://" in text and not text.startswith(("file://", "s3://")):
+        raise ConfigError(f"{flag} {text}: give a folder here or s3://bucket/folder")
+    if text.startswith("s3://"):
+        bucket = text.removeprefix("s3://").partition("/")[0]
+        if not bucket:
+            raise ConfigError(f"{flag} {text} names no bucket: give s3://bucket/folder")
+    elif written:
+        require_place(flag, Path(text.removeprefix("file://")), folder=True)
+
+
 def require_place(flag: str, path: Path, *, folder: bool) -> None:
     """Checks that a file, or a folder, can be written at `path`, as far as that can be seen now.
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ip2p_ray.command import loading, require_place
+from ip2p_ray.command import loading, require_place, require_uri
 from ip2p_ray.errors import ConfigError
 
 
@@ -70,3 +70,17 @@ def test_places_where_this_user_may_not_write_are_named(tmp_path, mode):
     for path in (closed / "new", closed / "deep" / "new"):
         with pytest.raises(ConfigError, match="closed is not writable"):
             require_place("--out", path, folder=True)
+
+
+def test_uris_of_folders_and_buckets(tmp_path):
+    for uri in ("runs/a", tmp_path / "a", f"file://{tmp_path}/a", "s3://bucket", "s3://bucket/a/b"):
+        require_uri("--out", uri, written=True)
+    (tmp_path / "file").write_text("")
+    for wrong, told in {
+        "gs://bucket/a": "--out gs://bucket/a: give a folder here or s3://bucket/folder",
+        "https://host/a": "give a folder here",
+        "s3:///a": "names no bucket",
+        f"file://{tmp_path}/file": "is a file; give a folder",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            require_uri("--out", wrong, written=True)
