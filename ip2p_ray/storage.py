@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.schema import SCHEMA_VERSION
 
 MANIFEST = "_manifest.json"
+
+_FOOTERS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +234,11 @@ def write_manifest(uri: str | Path, manifest: Manifest) -> Manifest:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
     sizes = _shard_sizes(uri)
+    names = sorted(sizes)
+    counts = row_counts([join(uri, name) for name in names])
     shards = [
-        Shard(name=name, rows=count_rows(join(uri, name)), bytes=sizes[name])
-        for name in sorted(sizes)
+        Shard(name=name, rows=rows, bytes=sizes[name])
+        for name, rows in zip(names, counts, strict=True)
     ]
     values = {**vars(manifest), "shards": shards}
     whole = Manifest(**values)
@@ -323,6 +328,18 @@ def count_rows(shard: str | Path) -> int:
         return int(pq.read_metadata(opened(shard)).num_rows)
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"shard {shard} is no whole Parquet file: {error}") from error
+
+
+def row_counts(shards: Sequence[str | Path]) -> list[int]:
+    """The rows of each shard; the footers of objects are read several at a time.
+
+    Raises:
+        DatasetError: one is no whole Parquet file.
+    """
+    if all(map(is_local, shards)):
+        return [count_rows(shard) for shard in shards]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        return list(pool.map(count_rows, shards))
 
 
 def any_there(uri: str | Path) -> bool:
