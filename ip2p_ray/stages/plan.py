@@ -249,7 +249,7 @@ def _is_committed(note: str) -> bool:
 
 def count_rows(shards: Iterable[str | Path]) -> int:
     """The rows of Parquet files, from their footers."""
-    return sum(storage.count_rows(shard) for shard in shards)
+    return sum(storage.row_counts(shards))
 
 
 def _remove_duplicates(uri: str, key: str, rows: int) -> None:
