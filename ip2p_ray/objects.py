@@ -184,12 +184,20 @@ def remove(uris: Iterable[str]) -> None:
 def remove_below(uri: str) -> None:
     """Deletes all objects below a URI."""
     base = uri.rstrip("/")
-    remove(f"{base}/{found.name}" for found in _below(uri))
+    remove(f"{base}/{found.name}" for found in listing(uri))
 
 
 def listing(uri: str) -> Iterator[Found]:
     """The objects below a URI in the order of their keys; a page of 1000 is in memory."""
-    return (found for found in _below(uri) if found.name and not found.name.endswith("/"))
+    bucket, key = split(uri)
+    prefix = f"{key}/" if key else ""
+    with _told(uri):
+        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        for page in pages:
+            for item in page.get("Contents", ()):
+                name = item["Key"].removeprefix(prefix)
+                if name and not name.endswith("/"):  # what consoles make for an empty folder
+                    yield Found(name, int(item["Size"]))
 
 
 def abort_uploads(uri: str) -> int:
@@ -290,17 +298,6 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.S3FileSystem, str]:
     """Arrow's file system for a URI, and the path in it."""
     bucket, key = split(uri)
     return _arrow(_settings(), bucket), f"{bucket}/{key}" if key else bucket
-
-
-def _below(uri: str) -> Iterator[Found]:
-    """The same as `listing`, and what consoles and Arrow make for empty folders."""
-    bucket, key = split(uri)
-    prefix = f"{key}/" if key else ""
-    with _told(uri):
-        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        for page in pages:
-            for item in page.get("Contents", ()):
-                yield Found(item["Key"].removeprefix(prefix), int(item["Size"]))
 
 
 def _item(uri: str) -> dict[str, Any] | None:
