@@ -16,6 +16,7 @@ LINES = (
     {
         *("schema", "errors", "images", "report", "atomic", "command", "settings"),
         *("files", "distinct", "places", "language", "memory", "intervals"),
+        *("parquet", "model_files"),
     },
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip", "dino"},
     {

@@ -256,7 +256,7 @@ def _noted(resume: str) -> int:
 
 def count_rows(shards: Iterable[str | Path]) -> int:
     """The rows of Parquet files, from their footers."""
-    return sum(storage.count_rows(shard) for shard in shards)
+    return sum(storage.row_counts(shards))
 
 
 def _remove_duplicates(uri: str, key: str, rows: int) -> None:
@@ -274,11 +274,11 @@ def _remove_duplicates(uri: str, key: str, rows: int) -> None:
         return not known
 
     for shard in storage.list_shards(uri):
-        table = parquet.read_table(storage.opened(shard), shard, columns=[key])
+        table = storage.read_table(shard, columns=[key])
         fresh = [is_fresh(value) for value in table[key].to_pylist()]
         if not all(fresh):
             logger.warning("%s: %d rows were there already", shard, len(fresh) - sum(fresh))
-            whole = parquet.read_table(storage.opened(shard), shard)
+            whole = storage.read_table(shard)
             storage.write_shard(uri, Path(shard).stem, whole.filter(fresh))
     if len(seen) != rows:
         raise StageError(

@@ -484,7 +484,7 @@ def _is_to_be_asked_again(uri: str) -> bool:
 
 
 def _columns(shard: str, *names: str) -> Iterator[tuple[str, ...]]:
-    table = parquet.read_table(storage.opened(shard), shard, columns=list(names))
+    table = storage.read_table(shard, columns=list(names))
     yield from zip(*(table[name].to_pylist() for name in names), strict=True)
 
 

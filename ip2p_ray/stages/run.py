@@ -256,6 +256,8 @@ def make(
     if not storage.exists(storage.join(uri, ORIGIN)):
         # The dataset was deleted, and with it what these notes say was written.
         storage.remove_all(resume_folder(uri))
+    for place in (uri, resume_folder(uri)):
+        storage.abort_uploads(place)
     with _attempt(uri, origin, note_every_s) as seconds:
         reports = build()
         wall_seconds = seconds()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.gallery import triplets_page
 from ip2p_ray.places import Places
@@ -217,7 +217,7 @@ def _quality(triplets: str) -> Quality:
     tally = Tally()
     names = list(Triplet.__dataclass_fields__)
     for shard in plan.shards(triplets):
-        table = parquet.read_table(storage.opened(shard), shard, columns=names)
+        table = storage.read_table(shard, columns=names)
         for batch in table.to_batches(_ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 tally.add(Triplet(**row))
@@ -269,9 +269,6 @@ def _in_order(replies: str) -> Iterator[dict[str, Any]]:
     bounds = [f"{number * 2**32 // parts:08x}" for number in range(parts)]
     for low, high in zip(bounds, [*bounds[1:], "g"], strict=True):
         within = [("caption_key", ">=", low), ("caption_key", "<", high)]
-        tables = [
-            parquet.read_table(storage.opened(shard), shard, schema=REPLIES, filters=within)
-            for shard in shards
-        ]
+        tables = [storage.read_table(shard, schema=REPLIES, filters=within) for shard in shards]
         for batch in pa.concat_tables(tables).sort_by("caption_key").to_batches(_ROWS_AT_ONCE):
             yield from batch.to_pylist()
