@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LINES = (
     {
         *("schema", "errors", "images", "report", "atomic", "command", "settings"),
-        *("files", "distinct", "places", "language", "memory", "intervals"),
+        *("files", "distinct", "places", "language", "memory", "intervals", "logs"),
     },
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip", "dino"},
     {
@@ -39,7 +39,7 @@ LINES = (
         ),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
-    {"storage", "objects", "lease", "mirror"},
+    {"storage", "objects", "lease", "mirror", "notes", "status"},
     {"stages"},
     {"benchmark"},
     {"jobs", "serve"},
