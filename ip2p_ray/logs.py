@@ -51,8 +51,9 @@ def wants_json() -> bool:
 
 
 def configure(stream: TextIO) -> None:
-    """Sends this package's lines to the stream, and of other libraries only errors; to be called
-    once in a process that nobody has set up otherwise.
+    """Sends this package's lines to the stream, and of other libraries only errors.
+
+    To be called once, in a process whose logging nobody has set up.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=stream)
     if wants_json():

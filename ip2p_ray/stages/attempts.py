@@ -46,6 +46,7 @@ class Attempt:
         self.counts: Note | None = None
         self._followed: list[Counting] = []
         self._adds = False
+        self._rate = noted.note.rate if noted.note else None
         self._origin = origin
         self._earlier = noted.attempts
         self._began, self._clock = time.time(), time.monotonic()
@@ -107,8 +108,9 @@ class Attempt:
     def _counted(self) -> Note:
         """`counts`, and what was followed since beyond them."""
         if not self._adds:
-            return self.counts or Note()
+            return replace(self.counts or Note(), rate=self._rate)
         now, base = self._followed[-1], self.counts
+        self._rate = now.rate() or self._rate
         verdicts = Counter(now.verdicts)
         if base is not None:
             verdicts[None] += base.kept or 0
@@ -117,7 +119,7 @@ class Attempt:
             done=now.done + (base.done or 0 if base else 0),
             total=base.total if base else now.total,
             unit=base.unit if base else now.unit,
-            rate=now.rate(),
+            rate=self._rate,
             **judged(verdicts),
         )
 

@@ -73,7 +73,7 @@ def _fill() -> Histogram:
 
 
 def filled(rows: int, places: int) -> None:
-    """A batch of so many rows was made where there are so many places, for this process's dataset."""
+    """A batch of so many rows was made where there are so many places, for this dataset."""
     _fill().observe(rows / places, tags={"dataset": logs.names().get("dataset", "")})
 
 

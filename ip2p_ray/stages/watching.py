@@ -54,8 +54,9 @@ class Tally:
         self._warnings[text] = None
 
     def note(self, name: str, peak: int, busy_s: float, verdicts: Mapping[str | None, int]) -> None:
-        """Of a process of that name: the most memory, in bytes, that it has had, and since it told
-        last the seconds that it worked and what it judged.
+        """Of a process of that name: the most memory, in bytes, that it has had.
+
+        And since it told last, the seconds that it worked and what it judged.
         """
         self._peaks[name] = max(peak, self._peaks.get(name, 0))
         self._busy[name] += busy_s
