@@ -95,7 +95,7 @@ class Attempt:
             for name, seconds in each.busy.items():
                 busy[name] += seconds
         return replace(
-            self._counted(),
+            self.counted(),
             began=round(self._began, 3),
             updated=round(time.time(), 3),
             ended=self._ended,
@@ -105,8 +105,8 @@ class Attempt:
             job=os.environ.get("RAY_JOB_ID", ""),
         )
 
-    def _counted(self) -> Note:
-        """`counts`, and what was followed since beyond them."""
+    def counted(self) -> Note:
+        """`counts`, and what the last that was followed since has beyond them."""
         if not self._adds:
             return replace(self.counts or Note(), rate=self._rate)
         now, base = self._followed[-1], self.counts
@@ -181,6 +181,14 @@ def follow(progress: Counting) -> None:
     while this is not None:
         this.follow(progress)
         this = this.above
+
+
+def reached() -> Note | None:
+    """How far the outermost attempt is that runs; None where none does."""
+    this = _CURRENT.get()
+    while this is not None and this.above is not None:
+        this = this.above
+    return this.counted() if this is not None else None
 
 
 def count(done: int, total: int, unit: str, verdicts: Counter[str | None]) -> None:

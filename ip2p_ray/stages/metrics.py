@@ -19,7 +19,10 @@ import ray
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from ip2p_ray import logs
+from ip2p_ray.notes import Note
 from ip2p_ray.report import Report
+from ip2p_ray.triplets.limits import LimitsConfig, Usage
+from ip2p_ray.triplets.observer import Observer
 
 SHARES = [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
 """Bounds of the histogram of a batch's fill; above 1 nothing is."""
@@ -92,12 +95,14 @@ def _left() -> Gauge:
     return Gauge("ip2p_dataset_left_seconds", "Time left, by the rate of late.", ("dataset",))
 
 
-def progressed(dataset: str, done: int, total: int, rate: float | None) -> None:
-    """How far a dataset is, by its driver."""
-    tags = {"dataset": dataset}
-    _share().set(done / total if total else 1.0, tags=tags)
-    if rate:
-        _left().set((total - done) / rate, tags=tags)
+def progressed(note: Note | None) -> None:
+    """How far the dataset that is made is, by its driver."""
+    if note is None or note.done is None or not note.total:
+        return
+    tags = {"dataset": logs.names().get("dataset", "")}
+    _share().set(note.done / note.total, tags=tags)
+    if note.rate:
+        _left().set((note.total - note.done) / note.rate, tags=tags)
 
 
 def judged(dataset: str, verdicts: Mapping[str | None, int]) -> None:
@@ -159,6 +164,71 @@ class ActorMetrics:
                 ("free", free),
             ):
                 self._device_memory.set(count, tags={**self._actor, "kind": kind})
+
+
+class TrainingMetrics:
+    """Of one worker of training; what is of the whole run, the first of them tells."""
+
+    def __init__(self, rank: int, workers: int, batch_size: int) -> None:
+        self._rank, self._workers, self._batch_size = rank, workers, batch_size
+        self._actor = ActorMetrics("checkpoints", "train_on_worker")
+        self._step = Gauge("ip2p_training_step", "Optimizer steps done.")
+        self._loss = Gauge("ip2p_training_loss", "Of the last step, over the whole batch.")
+        self._of = Gauge("ip2p_training_workers", "Workers that train together.")
+        self._images = Counter("ip2p_training_images", "Samples that were trained on.")
+        self._waited = Counter(
+            "ip2p_training_wait_seconds", "Seconds that the first worker waited for data."
+        )
+        self._saved = Counter("ip2p_training_checkpoint_seconds", "Seconds for checkpoints.")
+
+    def stepped(self, step: int, loss: float, seconds: float, waited: float) -> None:
+        """One optimizer step."""
+        self._actor.worked(seconds)
+        self._actor.memory()
+        if self._rank:
+            return
+        self._step.set(step)
+        self._loss.set(loss)
+        self._of.set(self._workers)
+        self._images.inc(self._batch_size)
+        if waited > 0:
+            self._waited.inc(waited)
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint took so long, its copy in a bucket included."""
+        self._saved.inc(max(seconds, 1e-9))
+
+
+class WriterMetrics(Observer):
+    """Of one process that asks an endpoint for replies."""
+
+    def __init__(self, limits: LimitsConfig) -> None:
+        self._limits = limits
+        self._requests = Counter(
+            "ip2p_writer_requests",
+            "Requests to the language model, by what came of them.",
+            ("outcome",),
+        )
+        self._tokens = Counter(
+            "ip2p_writer_tokens", "Tokens that the model read and wrote.", ("direction",)
+        )
+        self._usd = Counter("ip2p_writer_usd", "US dollars, by the prices that the job was given.")
+
+    def answered(self, usage: Usage) -> None:
+        """See `Observer`, as for what follows."""
+        self._requests.inc(1, tags={"outcome": "answered"})
+        for direction, tokens in (
+            ("read", usage.prompt_tokens),
+            ("written", usage.completion_tokens),
+        ):
+            if tokens:
+                self._tokens.inc(tokens, tags={"direction": direction})
+        if spent := self._limits.usd(usage):
+            self._usd.inc(spent)
+
+    def failed(self, kind: str) -> None:
+        """A request without a reply."""
+        self._requests.inc(1, tags={"outcome": kind})
 
 
 def _holds_gpu() -> bool:

@@ -21,7 +21,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ip2p_ray import logs, storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.places import Places
-from ip2p_ray.stages import metrics, run
+from ip2p_ray.stages import attempts, metrics, run
 from ip2p_ray.stages.memory import peak_memory
 from ip2p_ray.stages.progress import HEARTBEAT_S, Progress, shown
 from ip2p_ray.stages.watching import Known, Tally, Verdicts, watched
@@ -64,7 +64,8 @@ class Judged:
         """The verdicts of all rows of the shards."""
         found = Counter[str | None]()
         for shard in shards:
-            found += self.verdicts(pq.read_table(storage.opened(shard), columns=list(self.columns)))
+            with pq.ParquetFile(storage.opened(shard)) as file:
+                found.update(self.verdicts(file.read(columns=list(self.columns))))
         return found
 
 
@@ -243,7 +244,6 @@ def counted(progress: Progress, *, every_s: float = HEARTBEAT_S) -> Iterator[Any
     """A Tally whose `add` advances the progress, which is shown while the block runs."""
     tally = Tally.remote()  # type: ignore[attr-defined]
     before, warned = progress.done, 0
-    about = logs.names().get("dataset", progress.stage)
     asked: list[Any] = []
 
     def poll(wait_s: float = 0.0) -> int:
@@ -261,7 +261,7 @@ def counted(progress: Progress, *, every_s: float = HEARTBEAT_S) -> Iterator[Any
             logger.warning("%s: %s", progress.stage, text)
         warned = len(known.warnings)
         progress.heard(known.busy, known.verdicts)
-        metrics.progressed(about, progress.done, progress.total, progress.rate())
+        metrics.progressed(attempts.reached())
         return before + known.total
 
     try:

@@ -53,13 +53,13 @@ class Tally:
         """Something that a person should know; many processes may say the same."""
         self._warnings[text] = None
 
-    def note(self, name: str, peak: int, busy_s: float, verdicts: Mapping[str | None, int]) -> None:
-        """Of a process of that name: the most memory, in bytes, that it has had.
-
-        And since it told last, the seconds that it worked and what it judged.
-        """
+    def note(self, name: str, peak: int, busy_s: float) -> None:
+        """The most bytes that a process of that name ever held, and seconds more that it worked."""
         self._peaks[name] = max(peak, self._peaks.get(name, 0))
         self._busy[name] += busy_s
+
+    def judge(self, verdicts: Mapping[str | None, int]) -> None:
+        """Verdicts more, by the reason of rejects; None for what was kept."""
         self._verdicts.update(verdicts)
 
     def known(self) -> Known:
@@ -99,7 +99,9 @@ def watched(callable_class: type, judged: Verdicts | None = None) -> type:
                 yield table
                 began = time.monotonic()
             peak = own_peak_bytes()
-            self._watching.note.remote(callable_class.__name__, peak, busy, dict(verdicts))
+            self._watching.note.remote(callable_class.__name__, peak, busy)
+            if verdicts:
+                self._watching.judge.remote(dict(verdicts))
             self._metrics.memory()
 
     Watched.__name__ = Watched.__qualname__ = callable_class.__name__
