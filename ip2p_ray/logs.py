@@ -8,12 +8,13 @@ No line holds a prompt, a picture or a key: that is for whoever writes it.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import TextIO
@@ -23,6 +24,8 @@ JSON = "json"
 
 _ABOUT: ContextVar[Mapping[str, str]] = ContextVar("about", default={})  # noqa: B039 - never changed
 _OF_THE_PROCESS: dict[str, str] = {}
+
+_printed = logging.getLogger("ip2p_ray.printed")
 
 
 @contextmanager
@@ -55,13 +58,46 @@ def configure(stream: TextIO) -> None:
 
     To be called once, in a process whose logging nobody has set up.
     """
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=stream)
-    if wants_json():
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(JsonLines())
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("ip2p_ray").setLevel(logging.INFO)
     logging.captureWarnings(True)
+
+
+def formatter(text: str, times: str | None = None) -> logging.Formatter:
+    """For lines in the form `text` with `times`, or for objects where the environment asks so."""
+    return JsonLines() if wants_json() else logging.Formatter(text, times)
+
+
+@contextmanager
+def printed_too() -> Iterator[None]:
+    """What is printed in the block becomes lines of the log where these are objects."""
+    if not wants_json():
+        yield
+        return
+    printed = _Printed()
+    with redirect_stdout(printed):
+        try:
+            yield
+        finally:
+            printed.end()
+
+
+class _Printed(io.TextIOBase):
+    def __init__(self) -> None:
+        self._open = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._open = (self._open + text).split("\n")
+        for line in lines:
+            _printed.info("%s", line)
+        return len(text)
+
+    def end(self) -> None:
+        if self._open:
+            self.write("\n")
 
 
 class JsonLines(logging.Formatter):

@@ -346,7 +346,7 @@ def guarded(name: str, work: Callable[[], object]) -> int:
     """
     logs.configure(sys.stdout)
     try:
-        with logs.about(job=name):
+        with logs.about(job=name), logs.printed_too():
             work()
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: stopped; the same command goes on from here\n")
@@ -356,6 +356,9 @@ def guarded(name: str, work: Callable[[], object]) -> int:
         if told is None:
             raise
         sys.stderr.write(f"{name}: {sentence(told)}\n")
+        if logs.wants_json():
+            with logs.about(job=name):
+                logger.error("%s", sentence(told))
         return BUDGET_REACHED if isinstance(told, BudgetError) else 1
     return 0
 
