@@ -23,6 +23,7 @@ from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
 from ip2p_ray.stages import plan, run, vllm_writer
 from ip2p_ray.stages.captions import Shards
 from ip2p_ray.stages.replies import (
+    JUDGED,
     REPLIES,
     Asking,
     ask_replies,
@@ -106,7 +107,9 @@ def write_triplets(
             return vllm_writer.step(writer, config.seed, resources)
         device = "cuda" if resources.gpus else "cpu"
         arguments = {"writer": writer, "judge": judge, "seed": config.seed, "device": device}
-        return plan.Step(callable=WriteReplies, arguments=arguments, resources=resources)
+        return plan.Step(
+            callable=WriteReplies, arguments=arguments, resources=resources, judges=True
+        )
 
     def write() -> list[Report]:
         plan.stream(
@@ -117,6 +120,7 @@ def write_triplets(
             steps=[step()],
             unit="captions",
             rows_per_block=resources.batch_size,
+            judged=JUDGED,
         )
         return []
 
