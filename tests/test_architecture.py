@@ -40,7 +40,7 @@ LINES = (
         ),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
-    {"storage", "objects", "lease", "mirror", "notes", "status"},
+    {"storage", "objects", "lease", "mirror", "notes", "status", "estimate"},
     {"stages"},
     {"benchmark"},
     {"jobs", "serve"},

@@ -120,7 +120,8 @@ def reported(report: Report) -> None:
     """The verdicts of a dataset that is whole, unless its actors counted them."""
     if ray.is_initialized() and report.stage not in JUDGED_BY_ACTORS:
         verdicts: dict[str | None, int] = {None: report.rows_out}
-        judged(report.stage, {**verdicts, **report.rejected})
+        verdicts.update(report.rejected)
+        judged(report.stage, verdicts)
 
 
 class ActorMetrics:
