@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 LINES = (
     {
         *("schema", "errors", "images", "report", "atomic", "command", "settings"),
-        *("files", "distinct", "places", "language", "memory", "intervals"),
+        *("files", "distinct", "places", "language", "memory", "intervals", "logs"),
+        *("parquet", "model_files"),
     },
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip", "dino"},
     {
@@ -39,7 +40,7 @@ LINES = (
         ),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
-    {"storage", "objects", "lease", "mirror"},
+    {"storage", "objects", "lease", "mirror", "notes", "status", "estimate"},
     {"stages"},
     {"benchmark"},
     {"jobs", "serve"},
