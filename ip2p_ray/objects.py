@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -182,9 +182,12 @@ def remove(uris: Iterable[str]) -> None:
 
 
 def remove_below(uri: str) -> None:
-    """Deletes all objects below a URI."""
-    base = uri.rstrip("/")
-    remove(f"{base}/{found.name}" for found in listing(uri))
+    """Deletes all objects below a URI, and those that consoles and Arrow make for folders."""
+    bucket, key = split(uri)
+    with _told(uri):
+        pages = _s3().get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
+            _delete(bucket, [item["Key"] for item in page.get("Contents", ())])
 
 
 def listing(uri: str) -> Iterator[Found]:
@@ -310,9 +313,15 @@ def _item(uri: str) -> dict[str, Any] | None:
 
 def _remove(uris: list[str]) -> None:
     bucket, _ = split(uris[0])
-    keys = [{"Key": split(uri)[1]} for uri in uris]
     with _told(uris[0]):
-        answer = _s3().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+        _delete(bucket, [split(uri)[1] for uri in uris])
+
+
+def _delete(bucket: str, keys: Sequence[str]) -> None:
+    if not keys:
+        return
+    named = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+    answer = _s3().delete_objects(Bucket=bucket, Delete=named)
     for failed in answer.get("Errors", ())[:1]:
         raise StorageError(
             f"{SCHEME}{bucket}/{failed['Key']} cannot be deleted: {failed.get('Message')}"
