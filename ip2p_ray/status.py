@@ -221,12 +221,7 @@ def _of_training(uri: str, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps(uri: str) -> list[int]:
-    if storage.is_local(uri):
-        folder = storage.local_path(uri)
-        names = [path.name for path in folder.iterdir() if path.is_dir()]
-    else:
-        names = [found.name.split("/")[0] for found in objects.listing(uri)]
-    steps = (name.removeprefix(_STEP) for name in names if name.startswith(_STEP))
+    steps = (name.removeprefix(_STEP) for name in storage.names(uri) if name.startswith(_STEP))
     return [int(step) for step in steps if step.isdecimal()]
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray
 
 from ip2p_ray import storage
@@ -193,7 +192,7 @@ def _judge_fingerprint(judge: str) -> str:
 def _requests(queue: str, config: PairConfig, count: int) -> list[CandidateRequest]:
     """So many requests, of the first triplets; the last are repeated where there are too few."""
     names = ["triplet_key", "caption", "edited_caption"]
-    with pq.ParquetFile(storage.local_path(plan.shards(queue)[0])) as file:
+    with storage.open_parquet(plan.shards(queue)[0]) as file:
         rows = next(file.iter_batches(count, columns=names)).to_pylist()
     requests = [
         request

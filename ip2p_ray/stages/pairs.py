@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError
@@ -142,10 +141,12 @@ def generate_pairs(
     steps = _steps(
         config, making, name, queue.rows, actors or (GenerateCandidates, JudgeCandidates)
     )
-    candidates = storage.join(folder, "candidates")
+    candidates, parts = (
+        storage.join(folder, "candidates"),
+        plan.shards(storage.join(folder, "queue")),
+    )
 
     def generate() -> list[Report]:
-        parts = plan.shards(storage.join(folder, "queue"))
         done, verdicts = 0, Counter[str | None]()
         for number, part in enumerate(parts):
             attempts.count(done, queue.rows, "triplets", verdicts)
@@ -156,7 +157,13 @@ def generate_pairs(
         attempts.count(done, queue.rows, "triplets", verdicts)
         return []
 
-    made = run.make(candidates, origin, generate, device_seconds=lambda: _parts_seconds(candidates))
+    def seconds() -> float:
+        manifests = (
+            storage.read_manifest(_part(candidates, number)) for number in range(len(parts))
+        )
+        return sum(manifest.device_seconds for manifest in manifests)
+
+    made = run.make(candidates, origin, generate, device_seconds=seconds)
     pairs = explode(folder, Rules(thresholds=config.thresholds, keep=config.keep), made)
     write_page(folder, config)
     return pairs
@@ -166,7 +173,7 @@ def _make_part(
     source: str, candidates: str, origin: run.Origin, number: int, steps: list[plan.Step]
 ) -> storage.Manifest:
     """The candidates of a part of the queue, in few shards in the order of the keys."""
-    part = storage.join(candidates, f"part-{number:05d}")
+    part = _part(candidates, number)
     blocks = storage.join(part, WORK, "blocks")
 
     def generate() -> list[Report]:
@@ -219,15 +226,14 @@ def verdicts_of(part: storage.Manifest) -> Counter[str | None]:
 def _device_seconds(part: str) -> float:
     """That the generators were busy with the candidates of a part."""
     sums = (
-        pc.sum(pq.read_table(storage.local_path(shard), columns=["seconds"])["seconds"]).as_py()
+        pc.sum(storage.read_table(shard, columns=["seconds"])["seconds"]).as_py()
         for shard in storage.list_shards(part)
     )
     return round(sum(seconds or 0.0 for seconds in sums), 3)
 
 
-def _parts_seconds(candidates: str) -> float:
-    folders = sorted(storage.local_path(candidates).glob(f"part-*/{storage.MANIFEST}"))
-    return sum(storage.read_manifest(str(manifest.parent)).device_seconds for manifest in folders)
+def _part(candidates: str, number: int) -> str:
+    return storage.join(candidates, f"part-{number:05d}")
 
 
 def triplet_bytes(config: PairConfig) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
-from ip2p_ray import logs, storage
+from ip2p_ray import logs, parquet, storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.places import Places
 from ip2p_ray.stages import attempts, metrics, run
@@ -64,7 +63,7 @@ class Judged:
         """The verdicts of all rows of the shards."""
         found = Counter[str | None]()
         for shard in shards:
-            with pq.ParquetFile(storage.opened(shard)) as file:
+            with storage.open_parquet(shard) as file:
                 found.update(self.verdicts(file.read(columns=list(self.columns))))
         return found
 
@@ -116,7 +115,7 @@ def stream(
     if storage.is_local(resume):
         storage.local_path(resume).mkdir(parents=True, exist_ok=True)
     blocks = -(-rows // rows_per_block)
-    already = count_rows(note for note in storage.list_shards(resume) if _is_committed(note))
+    already = _noted(resume)
     dataset = logs.names().get("dataset", "")
     progress = Progress(
         name or Path(uri).name,
@@ -286,13 +285,21 @@ def _count(table: pa.Table, tally: Any) -> pa.Table:
     return table
 
 
-def _is_committed(note: str) -> bool:
-    return not note.endswith(".pending.parquet")
+def _noted(resume: str) -> int:
+    """The rows that Ray's notes say are written; it reads notes, so they are of plain columns."""
+    rows = 0
+    for note in storage.list_shards(resume):
+        if not note.endswith(".pending.parquet"):
+            rows += storage.count_rows(note)
+            continue
+        with suppress(OSError, pa.ArrowException):  # a kill may have cut it
+            parquet.read_schema(storage.opened(note), note)
+    return rows
 
 
 def count_rows(shards: Iterable[str | Path]) -> int:
     """The rows of Parquet files, from their footers."""
-    return sum(storage.count_rows(shard) for shard in shards)
+    return sum(storage.row_counts(shards))
 
 
 def _remove_duplicates(uri: str, key: str, rows: int) -> None:
@@ -310,11 +317,11 @@ def _remove_duplicates(uri: str, key: str, rows: int) -> None:
         return not known
 
     for shard in storage.list_shards(uri):
-        table = pq.read_table(storage.opened(shard), columns=[key])
+        table = storage.read_table(shard, columns=[key])
         fresh = [is_fresh(value) for value in table[key].to_pylist()]
         if not all(fresh):
             logger.warning("%s: %d rows were there already", shard, len(fresh) - sum(fresh))
-            whole = pq.read_table(storage.opened(shard))
+            whole = storage.read_table(shard)
             storage.write_shard(uri, Path(shard).stem, whole.filter(fresh))
     if len(seen) != rows:
         raise StageError(

@@ -264,6 +264,8 @@ def _make(
     if not storage.exists(storage.join(uri, ORIGIN)):
         # The dataset was deleted, and with it what these notes say was written.
         storage.remove_all(resume_folder(uri))
+    for place in (uri, resume_folder(uri)):
+        storage.abort_uploads(place)
     content = {**vars(origin), "digest": origin.digest}
     with attempts.attempt(uri, content, note_every_s, sentence) as seconds:
         reports = build()
