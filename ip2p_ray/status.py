@@ -247,7 +247,7 @@ def _headline(status: Status, now: float) -> str:
     if status.state == "whole":
         if status.training is not None:
             return f"whole, {status.total or 0:,} steps"
-        return f"whole, {status.done:,} rows, {size(status.bytes or 0)}"
+        return f"whole, {status.done:,} rows, {size(status.bytes)}" if status.bytes else "whole"
     ago = "" if status.updated is None else duration(now - status.updated)
     since = "" if status.updated is None else _clock(status.updated)
     told = {

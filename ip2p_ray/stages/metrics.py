@@ -100,7 +100,7 @@ def progressed(note: Note | None) -> None:
         _left().set((note.total - note.done) / note.rate, tags=tags)
 
 
-def judged(dataset: str, verdicts: Mapping[str | None, int]) -> None:
+def judged(dataset: str, verdicts: Mapping[str | None, int] | Mapping[str, int]) -> None:
     """Verdicts, by the reason of rejects; None for what was kept."""
     for reason, count in verdicts.items():
         if count:
