@@ -195,7 +195,8 @@ def _of_manifest(manifest: storage.Manifest) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in manifest.shards),
     }
     for report in manifest.reports[-1:]:
-        known |= {"kept": report["rows_out"], "rejected": report["rejected"]}
+        rejected = sorted(report["rejected"].items(), key=lambda each: -each[1])
+        known |= {"kept": report["rows_out"], "rejected": dict(rejected)}
     return known
 
 
@@ -267,7 +268,7 @@ def _headline(status: Status, now: float) -> str:
 
 
 def _times(status: Status) -> str:
-    told = duration(status.seconds)
+    told = duration(status.seconds) + ("" if status.state == "whole" else " so far")
     if status.attempts > 1:
         told += f" in {status.attempts} attempts"
     if status.device_seconds:
