@@ -87,9 +87,11 @@ def test_a_pickle_in_the_place_of_safetensors_is_refused(weights, marker, place)
     folder, safe, name = spoilt(weights, place)
     safe.unlink()
     (folder / name).write_bytes(pickled(marker))
-    with pytest.raises(ModelError, match=f"{name}, {RUNS}") as raised:
+    # the miniature's own folder is known file by file
+    told = "lacks editor/unet/" if place == "editor/unet" else f"{name}, {RUNS}"
+    with pytest.raises(ModelError, match=told) as raised:
         LOADERS[place](weights)
-    assert str(folder) in str(raised.value)
+    assert str(weights) in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
@@ -109,7 +111,9 @@ def test_a_pickle_beside_safetensors_is_not_read(weights, marker, place):
 
 
 @pytest.mark.parametrize("shard", ["pytorch_model.bin", "../evil.safetensors", 3])
-@pytest.mark.parametrize("place", [name for name in LOADERS if name != "judge"])
+@pytest.mark.parametrize(
+    "place", [name for name in LOADERS if name not in ("judge", "editor/unet")]
+)
 def test_an_index_names_safetensors_of_its_folder_only(weights, marker, place, shard):
     folder, safe, _ = spoilt(weights, place)
     index = folder / f"{safe.name}.index.json"
