@@ -30,7 +30,7 @@ from ip2p_ray.latents import LatentDataset
 from ip2p_ray.memory import free_bytes, held_bytes
 from ip2p_ray.mirror import fetch_newest
 from ip2p_ray.report import Report, size
-from ip2p_ray.stages import run
+from ip2p_ray.stages import attempts, metrics, run
 from ip2p_ray.stages.progress import Progress, shown
 from ip2p_ray.stages.training_worker import (
     METRICS,
@@ -319,6 +319,7 @@ def _watched(progress: TrainingProgress) -> Iterator[Any]:
     asked: list[Any] = []
 
     def poll() -> int:
+        metrics.progressed(attempts.reached())
         if not asked:
             asked.append(board.read.remote())
         if ray.wait(asked, timeout=0)[0]:
