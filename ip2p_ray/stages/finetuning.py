@@ -145,9 +145,10 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
     device = get_device()
     loader: Any = AutoModelForCausalLM
     require_safetensors(told.writer, "writer folder")
-    here = {"local_files_only": True, **NO_CODE}
-    tokenizer = AutoTokenizer.from_pretrained(told.writer, **here)
-    model = loader.from_pretrained(told.writer, dtype=torch.float32, **here, **SAFETENSORS)
+    tokenizer = AutoTokenizer.from_pretrained(told.writer, local_files_only=True, **NO_CODE)
+    model = loader.from_pretrained(
+        told.writer, dtype=torch.float32, local_files_only=True, **SAFETENSORS, **NO_CODE
+    )
     model.to(device)
     scores: dict[str, Any] = {}
     if rank == 0:
