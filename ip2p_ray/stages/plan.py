@@ -141,6 +141,8 @@ def _sent(data: Any, step: Step | Callable[[Any], Any], blocks: int, tally: Any)
     if step.blocks is None:
         actor, arguments = watched(actor), {**arguments, "watching": tally}
     options: dict[str, Any] = {"num_gpus": resources.gpus} if resources.gpus else {}
+    if resources.custom:
+        options["resources"] = dict(resources.custom)
     if resources.cpu_actors:
         options["ray_remote_args_fn"] = _Mixed(resources)
     return data.map_batches(
@@ -166,7 +168,10 @@ def _pool(resources: run.Resources, blocks: int, calls: int | None) -> Any:
 
 
 class _Mixed:
-    """What the next actor of a mixed pool holds: those without a GPU are begun first."""
+    """What the next actor of a mixed pool holds: those without a GPU are begun first.
+
+    What all of them hold, custom resources, Ray Data adds.
+    """
 
     def __init__(self, resources: run.Resources) -> None:
         self._resources, self._begun = resources, 0
@@ -201,7 +206,7 @@ def _context(key: str, resume: str) -> Any:
 @contextmanager
 def counted(progress: Progress, *, every_s: float = HEARTBEAT_S) -> Iterator[Any]:
     """A Tally whose `add` advances the progress, which is shown while the block runs."""
-    tally = Tally.remote()  # type: ignore[attr-defined]
+    tally = run.beside_driver(Tally).remote()
     before, warned = progress.done, 0
     asked: list[Any] = []
 
