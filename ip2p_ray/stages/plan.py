@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 << 20
 TASK_CPUS = 0.25
+FILTER_CPUS = 1.0
+"""Of the actor in which Ray Data leaves out what an earlier run wrote; it cannot be told less."""
 
 _LAST_WORDS_S = 10.0
 
@@ -94,6 +96,9 @@ def stream(
     blocks = -(-rows // rows_per_block)
     already = count_rows(note for note in storage.list_shards(resume) if _is_committed(note))
     progress = Progress(name or Path(uri).name, total=rows, unit=unit, done=already)
+    warning = cpus_lacking(steps, resumes=already > 0)
+    if warning is not None:
+        logger.warning("%s: %s", progress.stage, warning)
     context = _context(key, resume)
     if patient or any(isinstance(step, Step) and step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
@@ -129,6 +134,24 @@ def stream(
         actors = _peaks(tally)
     _remove_duplicates(uri, key, rows)
     return {**peaks, **actors}
+
+
+def cpus_lacking(
+    steps: Sequence[Step | Callable[[Any], Any]], *, resumes: bool = False
+) -> str | None:
+    """What a person should know if reading and writing find no CPU; Ray would wait without a word.
+
+    A plan that `resumes` has an actor more, which holds a whole CPU.
+    """
+    have = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+    held = sum(step.resources.all_cpus for step in steps if isinstance(step, Step))
+    held += FILTER_CPUS if resumes else 0.0
+    if held + TASK_CPUS <= have:
+        return None
+    return (
+        f"the actors hold {held:g} CPUs and reading and writing want {TASK_CPUS:g}, the cluster "
+        f"has {have:g}; it waits until that has grown"
+    )
 
 
 def _sent(data: Any, step: Step | Callable[[Any], Any], blocks: int, tally: Any) -> Any:
