@@ -40,7 +40,7 @@ LINES = (
         ),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
-    {"storage", "objects", "lease", "mirror", "notes", "status", "estimate"},
+    {"storage", "objects", "lease", "mirror", "notes", "status", "estimate", "completeness"},
     {"stages"},
     {"benchmark"},
     {"jobs", "serve"},

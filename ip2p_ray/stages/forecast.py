@@ -252,8 +252,8 @@ def _room(asked: run.Resources, beside: run.Resources | None = None) -> int:
     """Actors that the cluster has room for now, at least one; `beside` hold their share first."""
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     most = float(asked.most_actors or asked.actors)
-    taken = (0.0, 0.0) if beside is None else (beside.actors * beside.gpus, beside.all_cpus)
-    for held, name, gone in ((asked.gpus, "GPU", taken[0]), (asked.cpus, "CPU", taken[1])):
+    taken = {} if beside is None else {**beside.in_all, "CPU": beside.all_cpus}
+    for name, held in asked.of_worker.items():
         if held:
-            most = min(most, (have.get(name, 0.0) - gone) // held)
+            most = min(most, (have.get(name, 0.0) - taken.get(name, 0.0)) // held)
     return max(1, int(most))

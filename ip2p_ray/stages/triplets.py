@@ -101,6 +101,8 @@ def write_triplets(
     )
     if engine == "vllm" and judge is not None:
         raise ConfigError(f"vLLM's replies are not judged by {judge}: only by OpenAI's CLIP")
+    if engine == "vllm" and resources.custom:
+        raise ConfigError("Ray Data places vLLM's engines by their GPUs, not by custom resources")
 
     def step() -> plan.Step | Callable[[Any], Any]:
         if engine == "vllm":
