@@ -11,6 +11,8 @@
     python jobs/benchmark.py editor --json editor.json --plot editor.html
     python jobs/benchmark.py editor --sd15 --device cuda --dtype float16
     python jobs/benchmark.py scale --rows 10000000 --json scale.json
+    ray job submit --working-dir . --entrypoint-num-gpus 1 -- python jobs/benchmark.py pairs \
+        --sd15 --device cuda --dtype bfloat16 --json /shared/pairs.json
 
 `triplets` writes triplets of made-up captions against the shipped server, which answers after
 --delay seconds. `pairs` makes the same candidates in the reference's way and in ours. `options`
