@@ -16,7 +16,7 @@ SHARD_BYTES = 128 << 20
 PART_TRIPLETS = 16_384
 BLOCK_BYTES = 16 << 20
 REPLY_BLOCK = 500
-WRITER_BATCH = 16
+WRITER_BATCH = 64
 LATENT_BLOCKS = 2_000
 LATENT_BATCH = 32
 """What the stages cut datasets by; a test holds them to what the stages have."""

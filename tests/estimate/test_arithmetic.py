@@ -161,8 +161,8 @@ def test_bytes_and_objects_by_hand() -> None:
     stored = {each.name: each for each in estimate(BASIS).stored}
     footer = arithmetic.FOOTER_BYTES
     assert stored["captions"].bytes == 1_000 * 100 + footer
-    assert stored["replies"].objects == 63  # batches of 16
-    assert stored["replies"].bytes == 1_000 * 200 + 63 * footer
+    assert stored["replies"].objects == 16  # batches of 64
+    assert stored["replies"].bytes == 1_000 * 200 + 16 * footer
     assert stored["scores"].bytes == 5_000 * 50 + footer
     assert stored["pairs"].bytes == 2_000 * (50 + 2 * 1_000) + 2 * footer
     assert stored["latents"].bytes == 1_500 * 4_000
