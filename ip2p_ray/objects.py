@@ -50,6 +50,8 @@ class Found(NamedTuple):
     name: str
     """What follows the URI and its slash."""
     bytes: int
+    tag: str = ""
+    """What changes whenever the object does."""
 
 
 def is_object(uri: object) -> bool:
@@ -196,7 +198,7 @@ def listing(uri: str) -> Iterator[Found]:
             for item in page.get("Contents", ()):
                 name = item["Key"].removeprefix(prefix)
                 if name and not name.endswith("/"):  # what consoles make for an empty folder
-                    yield Found(name, int(item["Size"]))
+                    yield Found(name, int(item["Size"]), str(item["ETag"]))
 
 
 class ObjectFile:

@@ -39,7 +39,7 @@ LINES = (
         ),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
-    {"storage", "objects", "lease", "mirror"},
+    {"storage", "objects", "lease", "mirror", "copies"},
     {"stages"},
     {"benchmark"},
     {"jobs", "serve"},
