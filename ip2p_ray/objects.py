@@ -235,9 +235,9 @@ class ObjectFolder:
     def __str__(self) -> str:
         return self._uri
 
-    def list(self) -> Iterator[Found]:
+    def list(self) -> Iterator[tuple[str, int]]:
         """Name and length of each."""
-        return listing(self._uri)
+        return ((found.name, found.bytes) for found in listing(self._uri))
 
     def read(self, name: str, start: int) -> bytes:
         """One of them, from a byte on."""
