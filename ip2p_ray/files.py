@@ -22,6 +22,7 @@ from typing import IO, Any, Literal, Protocol, TextIO, overload
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ip2p_ray import parquet
 from ip2p_ray.errors import DatasetError
 
 TEXT = "text"
@@ -109,7 +110,7 @@ def columns(path: File) -> list[str]:
         DatasetError: the file cannot be read.
     """
     if _suffix(path) == ".parquet":
-        with _told(path), _parquet(path) as file:
+        with _told(path), _parquet(path, ()) as file:
             return list(file.schema_arrow.names)
     if _suffix(path) in _TABLES:
         with _told(path), _opened(path) as file:
@@ -152,7 +153,7 @@ def read_numbered(
 
 def _read_parquet(path: File, names: Sequence[str], rows: int) -> Iterator[Numbered]:
     count = 0
-    with _parquet(path) as file:
+    with _parquet(path, names) as file:
         for batch in file.iter_batches(rows, columns=list(names), use_threads=False):
             yield from enumerate(batch.to_pylist(), start=count + 1)
             count += len(batch)
@@ -225,15 +226,20 @@ KINDS = (".parquet", *_LINES)
 
 
 @contextmanager
-def _parquet(path: File) -> Iterator[pq.ParquetFile]:
-    """A Parquet file, of which a row group is not read whole before its first batch comes out."""
+def _parquet(path: File, names: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, of which a row group is not read whole before its first batch comes out.
+
+    The columns `names` are plain.
+    """
     if isinstance(path, Path):
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        with parquet.opened(path, names=names, pre_buffer=False, buffer_size=1 << 20) as file:
             yield file
     else:
         with (
             path.open("rb") as stream,
-            pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_AHEAD) as file,
+            parquet.opened(
+                stream, path, names=names, pre_buffer=False, buffer_size=_READ_AHEAD
+            ) as file,
         ):
             yield file
 

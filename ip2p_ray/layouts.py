@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ip2p_ray import files
+from ip2p_ray import files, parquet
 from ip2p_ray.errors import DatasetError
 from ip2p_ray.triplets.published import (
     CAPTION_COLUMNS,
@@ -231,7 +230,7 @@ def _columns(path: Path) -> PairColumns:
             f"{', '.join(EDITED_COLUMNS)}"
         )
     if _kind(path) == ".parquet":
-        schema = pq.read_schema(path)
+        schema = parquet.read_schema(path, names=())
         for name in (names.source, names.edited):
             if not _is_picture(schema.field(name).type):
                 raise DatasetError(

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ip2p_ray import storage
 from ip2p_ray.errors import BudgetError, ConfigError, ReplyError, StageError
+from ip2p_ray.model_files import NO_CODE, SAFETENSORS, require_safetensors
 from ip2p_ray.report import Report
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.progress import Progress
@@ -143,8 +144,10 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = get_device()
     loader: Any = AutoModelForCausalLM
-    tokenizer = AutoTokenizer.from_pretrained(told.writer, local_files_only=True)
-    model = loader.from_pretrained(told.writer, dtype=torch.float32, local_files_only=True)
+    require_safetensors(told.writer, "writer folder")
+    here = {"local_files_only": True, **NO_CODE}
+    tokenizer = AutoTokenizer.from_pretrained(told.writer, **here)
+    model = loader.from_pretrained(told.writer, dtype=torch.float32, **here, **SAFETENSORS)
     model.to(device)
     scores: dict[str, Any] = {}
     if rank == 0:

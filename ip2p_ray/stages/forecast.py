@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray
 
-from ip2p_ray import storage
+from ip2p_ray import parquet, storage
 from ip2p_ray.clip import Clip
 from ip2p_ray.generator import Generator, GeneratorWeights, Holding
 from ip2p_ray.images import encode_image, to_pil
@@ -193,7 +192,7 @@ def _judge_fingerprint(judge: str) -> str:
 def _requests(queue: str, config: PairConfig, count: int) -> list[CandidateRequest]:
     """So many requests, of the first triplets; the last are repeated where there are too few."""
     names = ["triplet_key", "caption", "edited_caption"]
-    with pq.ParquetFile(storage.local_path(plan.shards(queue)[0])) as file:
+    with parquet.opened(storage.local_path(plan.shards(queue)[0])) as file:
         rows = next(file.iter_batches(count, columns=names)).to_pylist()
     requests = [
         request

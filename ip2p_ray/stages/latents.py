@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from ip2p_ray import storage
+from ip2p_ray import parquet, storage
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, DatasetError, ImageError, StageError
 from ip2p_ray.images import decode_image, fit_image
@@ -221,7 +220,7 @@ def plan_of(
     _require_pairs(pairs)
     sources = _sources(pairs, encoding)
     shard = max(sources, key=storage.count_rows)  # a full batch, whose pictures may differ in size
-    with pq.ParquetFile(storage.opened(shard)) as file:
+    with parquet.opened(storage.opened(shard), shard) as file:
         first = pa.Table.from_batches([next(file.iter_batches(resources.batch_size))])
     seconds, row_bytes, shape = run.in_task(
         resources, _measure, generator, encoding, "cuda" if resources.gpus else "cpu", first

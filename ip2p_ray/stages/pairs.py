@@ -16,9 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from ip2p_ray import storage
+from ip2p_ray import parquet, storage
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.generator import GeneratorWeights, Holding
 from ip2p_ray.pairs import PairConfig
@@ -186,7 +185,9 @@ def _make_part(
 def _device_seconds(part: str) -> float:
     """That the generators were busy with the candidates of a part."""
     sums = (
-        pc.sum(pq.read_table(storage.local_path(shard), columns=["seconds"])["seconds"]).as_py()
+        pc.sum(
+            parquet.read_table(storage.local_path(shard), columns=["seconds"])["seconds"]
+        ).as_py()
         for shard in storage.list_shards(part)
     )
     return round(sum(seconds or 0.0 for seconds in sums), 3)

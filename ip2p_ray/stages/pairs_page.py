@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from ip2p_ray import storage
+from ip2p_ray import parquet, storage
 from ip2p_ray.filtering import NOT_BEST
 from ip2p_ray.gallery import Bins, ShownCandidate, pairs_page
 from ip2p_ray.pairs import PairConfig
@@ -76,7 +75,7 @@ def _counted(scores: Iterable[str], config: PairConfig) -> tuple[dict[str, COUNT
     counts = {name: np.zeros((2, _FINE), np.int64) for name in SIMILARITIES}
     shares = np.zeros((2, _SHARES), np.int64)
     for shard in scores:
-        table = pq.read_table(shard, columns=[*SIMILARITIES, "self_replace", "reason"])
+        table = parquet.read_table(shard, columns=[*SIMILARITIES, "self_replace", "reason"])
         kept = pc.is_null(table["reason"])
         for row, side in enumerate((table.filter(pc.invert(kept)), table.filter(kept))):
             for name in SIMILARITIES:
@@ -95,7 +94,7 @@ def _chosen(
     columns = pa.schema([*SCORES, ("margin", pa.float32())])
     best = borderline = rejected = columns.empty_table()
     for shard in scores:
-        table = pq.read_table(shard, schema=SCORES)
+        table = parquet.read_table(shard, schema=SCORES)
         margins = [
             pc.subtract(table[name], pa.scalar(least, pa.float32()))
             for name, least in config.thresholds.least().items()

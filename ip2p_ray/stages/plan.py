@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
-from ip2p_ray import storage
+from ip2p_ray import parquet, storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.places import Places
 from ip2p_ray.stages import run
@@ -92,7 +91,7 @@ def stream(
     if storage.is_local(resume):
         storage.local_path(resume).mkdir(parents=True, exist_ok=True)
     blocks = -(-rows // rows_per_block)
-    already = count_rows(note for note in storage.list_shards(resume) if _is_committed(note))
+    already = _noted(resume)
     progress = Progress(name or Path(uri).name, total=rows, unit=unit, done=already)
     context = _context(key, resume)
     if patient or any(isinstance(step, Step) and step.blocks for step in steps):
@@ -243,8 +242,16 @@ def _count(table: pa.Table, tally: Any) -> pa.Table:
     return table
 
 
-def _is_committed(note: str) -> bool:
-    return not note.endswith(".pending.parquet")
+def _noted(resume: str) -> int:
+    """The rows that Ray's notes say are written; it reads notes, so they are of plain columns."""
+    rows = 0
+    for note in storage.list_shards(resume):
+        if not note.endswith(".pending.parquet"):
+            rows += storage.count_rows(note)
+            continue
+        with suppress(OSError, pa.ArrowException):  # a kill may have cut it
+            parquet.read_schema(storage.opened(note), note)
+    return rows
 
 
 def count_rows(shards: Iterable[str | Path]) -> int:
@@ -267,11 +274,11 @@ def _remove_duplicates(uri: str, key: str, rows: int) -> None:
         return not known
 
     for shard in storage.list_shards(uri):
-        table = pq.read_table(storage.opened(shard), columns=[key])
+        table = parquet.read_table(storage.opened(shard), shard, columns=[key])
         fresh = [is_fresh(value) for value in table[key].to_pylist()]
         if not all(fresh):
             logger.warning("%s: %d rows were there already", shard, len(fresh) - sum(fresh))
-            whole = pq.read_table(storage.opened(shard))
+            whole = parquet.read_table(storage.opened(shard), shard)
             storage.write_shard(uri, Path(shard).stem, whole.filter(fresh))
     if len(seen) != rows:
         raise StageError(

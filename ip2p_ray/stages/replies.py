@@ -20,10 +20,9 @@ from hashlib import blake2b
 from typing import Any, TextIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
-from ip2p_ray import errors, lease, storage
+from ip2p_ray import errors, lease, parquet, storage
 from ip2p_ray.captions import surely_fits
 from ip2p_ray.errors import (
     BudgetError,
@@ -458,7 +457,7 @@ def _wait_for_others(asking: Asking) -> None:
 
 def _require_columns(sources: Sequence[str]) -> None:
     for source in sources:
-        names = pq.read_schema(storage.opened(source)).names
+        names = parquet.read_schema(storage.opened(source), source).names
         missing = [name for name in CAPTIONS.names if name not in names]
         if missing:
             raise DatasetError(
@@ -485,7 +484,7 @@ def _is_to_be_asked_again(uri: str) -> bool:
 
 
 def _columns(shard: str, *names: str) -> Iterator[tuple[str, ...]]:
-    table = pq.read_table(storage.opened(shard), columns=list(names))
+    table = parquet.read_table(storage.opened(shard), shard, columns=list(names))
     yield from zip(*(table[name].to_pylist() for name in names), strict=True)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ip2p_ray import storage
+from ip2p_ray import parquet, storage
 from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.stages import run
 
@@ -93,7 +92,7 @@ def read_tables(
         path = storage.local_path(uri) / shard.name
         try:
             # Without pre_buffer a row group is not read whole before its first batch comes out.
-            with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            with parquet.opened(path, pre_buffer=False, buffer_size=1 << 20) as file:
                 missing = [name for name in schema.names if name not in file.schema_arrow.names]
                 if missing:
                     raise DatasetError(f"shard {path} has no column {', '.join(missing)}")

@@ -13,9 +13,8 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ip2p_ray import storage
+from ip2p_ray import parquet, storage
 from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.gallery import triplets_page
 from ip2p_ray.places import Places
@@ -218,7 +217,8 @@ def _quality(triplets: str) -> Quality:
     tally = Tally()
     names = list(Triplet.__dataclass_fields__)
     for shard in plan.shards(triplets):
-        for batch in pq.read_table(storage.opened(shard), columns=names).to_batches(_ROWS_AT_ONCE):
+        table = parquet.read_table(storage.opened(shard), shard, columns=names)
+        for batch in table.to_batches(_ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 tally.add(Triplet(**row))
     return tally.quality()
@@ -270,7 +270,8 @@ def _in_order(replies: str) -> Iterator[dict[str, Any]]:
     for low, high in zip(bounds, [*bounds[1:], "g"], strict=True):
         within = [("caption_key", ">=", low), ("caption_key", "<", high)]
         tables = [
-            pq.read_table(storage.opened(shard), schema=REPLIES, filters=within) for shard in shards
+            parquet.read_table(storage.opened(shard), shard, schema=REPLIES, filters=within)
+            for shard in shards
         ]
         for batch in pa.concat_tables(tables).sort_by("caption_key").to_batches(_ROWS_AT_ONCE):
             yield from batch.to_pylist()
