@@ -74,7 +74,7 @@ class TrainEditor:
     preset: Literal["miniature", "fast", "paper"] = "miniature"
     """Model and recipe; every flag of the recipe below takes the place of one of its settings."""
     start: str | None = None
-    """Diffusers folder, s3://... or hub id to start from: a generator (4 channels), or an editor (8)
+    """Diffusers folder, s3://... or hub id to start from: a generator (4 channels) or an editor (8)
     that is trained further; by default the preset's generator."""
     dry_run: bool = False
     """Only tell what memory a worker needs."""
