@@ -47,7 +47,7 @@ class Edit:
     patience_s: float = 600.0
     """Seconds in all for which a picture is sent again while the service is full or away."""
     out: Path | None = None
-    """Where the edited picture goes; by default beside the picture, as <name>-edited.png, or in this
+    """Where the edited picture goes; by default beside the picture, as <name>-edited.png, or in the
     folder. Of a folder the folder, by default <folder>-edited."""
     mask: Path | None = None
     """A PNG of the picture's size, transparent where to edit; the rest stays untouched."""
