@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 LINES = (
     {
         *("schema", "errors", "images", "report", "atomic", "command", "settings"),
-        *("files", "distinct", "places", "language", "memory", "intervals", "logs"),
-        *("parquet", "model_files"),
+        *("files", "distinct", "places", "language", "memory", "intervals"),
+        *("parquet", "model_files", "logs"),
     },
     {"captions", "triplets", "diffusion", "prompt_to_prompt", "clip", "dino"},
     {
@@ -40,7 +40,10 @@ LINES = (
         ),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
-    {"storage", "objects", "lease", "mirror", "notes", "status", "estimate"},
+    {
+        *("storage", "objects", "lease", "mirror", "copies"),
+        *("notes", "status", "estimate", "completeness"),
+    },
     {"stages"},
     {"benchmark"},
     {"jobs", "serve"},
