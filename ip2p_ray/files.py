@@ -22,6 +22,7 @@ from typing import IO, Any, Literal, Protocol, TextIO, overload, runtime_checkab
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ip2p_ray import parquet
 from ip2p_ray.errors import DatasetError
 
 TEXT = "text"
@@ -137,7 +138,7 @@ def columns(path: File) -> list[str]:
         DatasetError: the file cannot be read.
     """
     if _suffix(path) == ".parquet":
-        with _told(path), parquet(path) as file:
+        with _told(path), open_parquet(path, ()) as file:
             return list(file.schema_arrow.names)
     if _suffix(path) in _TABLES:
         with _told(path), _opened(path) as file:
@@ -180,7 +181,7 @@ def read_numbered(
 
 def _read_parquet(path: File, names: Sequence[str], rows: int) -> Iterator[Numbered]:
     count = 0
-    with parquet(path) as file:
+    with open_parquet(path, names) as file:
         for batch in file.iter_batches(rows, columns=list(names), use_threads=False):
             yield from enumerate(batch.to_pylist(), start=count + 1)
             count += len(batch)
@@ -253,15 +254,20 @@ KINDS = (".parquet", *_LINES)
 
 
 @contextmanager
-def parquet(path: File) -> Iterator[pq.ParquetFile]:
-    """A Parquet file, of which a row group is not read whole before its first batch comes out."""
+def open_parquet(path: File, names: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, of which a row group is not read whole before its first batch comes out.
+
+    All its columns, or those `names`, are plain.
+    """
     if isinstance(path, Path):
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        with parquet.opened(path, names=names, pre_buffer=False, buffer_size=1 << 20) as file:
             yield file
     else:
         with (
             path.open("rb") as stream,
-            pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_AHEAD) as file,
+            parquet.opened(
+                stream, path, names=names, pre_buffer=False, buffer_size=_READ_AHEAD
+            ) as file,
         ):
             yield file
 

@@ -237,7 +237,7 @@ def _columns(path: files.File) -> PairColumns:
             f"{', '.join(EDITED_COLUMNS)}"
         )
     if _kind(path) == ".parquet":
-        with files.parquet(path) as file:
+        with files.open_parquet(path, ()) as file:
             schema = file.schema_arrow
         for name in (names.source, names.edited):
             if not _is_picture(schema.field(name).type):

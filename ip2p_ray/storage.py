@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ip2p_ray import __version__, files, objects
+from ip2p_ray import __version__, files, objects, parquet
 from ip2p_ray.atomic import atomic_file, remove_folder, remove_leftovers
 from ip2p_ray.errors import ConfigError, DatasetError, StorageError
 from ip2p_ray.schema import SCHEMA_VERSION
@@ -214,11 +214,16 @@ def opened(uri: str | Path) -> Any:
 
 
 @contextmanager
-def parquet(uri: str | Path) -> Iterator[pq.ParquetFile]:
+def open_parquet(uri: str | Path) -> Iterator[pq.ParquetFile]:
     """A shard that is read by parts, of which few are in memory."""
     place = objects.ObjectFile(str(uri)) if objects.is_object(uri) else local_path(uri)
-    with files.parquet(place) as file:
+    with files.open_parquet(place) as file:
         yield file
+
+
+def read_table(uri: str | Path, **options: Any) -> pa.Table:
+    """A shard as `ip2p_ray.parquet` reads it."""
+    return parquet.read_table(opened(uri), uri, **options)
 
 
 def arrow_place(uri: str | Path) -> tuple[Any, str]:
@@ -359,10 +364,10 @@ def count_rows(shard: str | Path) -> int:
     """The rows of a shard, from its footer.
 
     Raises:
-        DatasetError: it is no whole Parquet file.
+        DatasetError: it is no whole Parquet file, or has a column of an extension type.
     """
     try:
-        return int(pq.read_metadata(opened(shard)).num_rows)
+        return int(parquet.opened(opened(shard), shard).metadata.num_rows)
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"shard {shard} is no whole Parquet file: {error}") from error
 
@@ -418,7 +423,7 @@ def _is_shard(parts: Sequence[str]) -> bool:
 
 def _read(uri: str, schema: pa.Schema) -> pa.Table:
     try:
-        file = pq.ParquetFile(opened(uri))
+        file = parquet.opened(opened(uri), uri)
         return file.read(columns=schema.names).select(schema.names).cast(schema)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DatasetError(f"shard {uri} does not have the expected columns: {error}") from error

@@ -5,10 +5,11 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from ip2p_ray.command import loading, require_place, require_uri
+from ip2p_ray.command import custom_resources, loading, require_place, require_uri
 from ip2p_ray.errors import ConfigError
 
 
@@ -84,3 +85,41 @@ def test_uris_of_folders_and_buckets(tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=re.escape(told)):
             require_uri("--out", wrong, written=True)
+
+
+def test_a_submitted_job_wants_an_absolute_place(tmp_path, monkeypatch):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match=r"--out runs/q would lie in Ray's copy.*absolute path"):
+        require_place("--out", Path("runs/q"), folder=True)
+    with pytest.raises(ConfigError, match="--out runs/q would lie"):
+        require_uri("--out", "runs/q", written=True)
+    require_place("--out", tmp_path / "runs", folder=True)
+    monkeypatch.chdir(tmp_path)
+    require_place("--out", Path("runs/q"), folder=True)
+
+
+def test_custom_resources_are_read_in_the_order_of_their_names():
+    assert custom_resources("--flag", ()) == ()
+    found = custom_resources("--flag", ("generator=1", "big=0.25"))
+    assert found == (("big", 0.25), ("generator", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        (["generator"], "--flag generator: give NAME=AMOUNT"),
+        (["generator=many"], "--flag generator=many: give NAME=AMOUNT"),
+        (["=1"], "without blanks"),
+        (["a =1"], "without blanks"),
+        (["memory=1"], "memory is Ray's own"),
+        (["a=0"], "--flag a=0: an amount is at least 0.0001"),
+        (["a=nan"], "an amount is at least"),
+        (["a=inf"], "an amount is at least"),
+        (["a=1", "a=2"], "--flag names a more than once"),
+    ],
+)
+def test_custom_resources_that_cannot_be_are_told(texts, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        custom_resources("--flag", texts)

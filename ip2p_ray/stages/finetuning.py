@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ip2p_ray import storage
 from ip2p_ray.errors import BudgetError, ConfigError, ReplyError, StageError
+from ip2p_ray.model_files import NO_CODE, SAFETENSORS, require_safetensors
 from ip2p_ray.report import Report
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.progress import Progress
@@ -115,7 +116,6 @@ def _fit(told: _Told, resources: run.Resources) -> list[Report]:
     shutil.rmtree(scratch, ignore_errors=True)
     size = told.config.batch_size
     steps = -(-len(told.train) // size) * told.config.epochs
-    worker = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
     try:
         with plan.counted(Progress("fine-tuning", total=steps, unit="steps")) as tally:
             TorchTrainer(
@@ -124,7 +124,7 @@ def _fit(told: _Told, resources: run.Resources) -> list[Report]:
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=resources.actors,
                     use_gpu=resources.gpus > 0,
-                    resources_per_worker=worker,
+                    resources_per_worker=resources.of_worker,
                 ),
                 run_config=ray.train.RunConfig(name="writer", storage_path=str(scratch)),
                 torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
@@ -143,8 +143,11 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = get_device()
     loader: Any = AutoModelForCausalLM
-    tokenizer = AutoTokenizer.from_pretrained(told.writer, local_files_only=True)
-    model = loader.from_pretrained(told.writer, dtype=torch.float32, local_files_only=True)
+    require_safetensors(told.writer, "writer folder")
+    tokenizer = AutoTokenizer.from_pretrained(told.writer, local_files_only=True, **NO_CODE)
+    model = loader.from_pretrained(
+        told.writer, dtype=torch.float32, local_files_only=True, **SAFETENSORS, **NO_CODE
+    )
     model.to(device)
     scores: dict[str, Any] = {}
     if rank == 0:

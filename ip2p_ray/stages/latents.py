@@ -227,7 +227,7 @@ def plan_of(
     _require_pairs(pairs)
     sources = _sources(pairs, encoding)
     shard = max(sources, key=storage.count_rows)  # a full batch, whose pictures may differ in size
-    with storage.parquet(shard) as file:
+    with storage.open_parquet(shard) as file:
         first = pa.Table.from_batches([next(file.iter_batches(resources.batch_size))])
     seconds, row_bytes, shape = run.in_task(
         resources, _measure, generator, encoding, "cuda" if resources.gpus else "cpu", first

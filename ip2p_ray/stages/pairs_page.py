@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ip2p_ray import storage
 from ip2p_ray.filtering import NOT_BEST
@@ -77,7 +76,7 @@ def _counted(scores: Iterable[str], config: PairConfig) -> tuple[dict[str, COUNT
     shares = np.zeros((2, _SHARES), np.int64)
     for shard in scores:
         columns = [*SIMILARITIES, "self_replace", "reason"]
-        table = pq.read_table(storage.opened(shard), columns=columns)
+        table = storage.read_table(shard, columns=columns)
         kept = pc.is_null(table["reason"])
         for row, side in enumerate((table.filter(pc.invert(kept)), table.filter(kept))):
             for name in SIMILARITIES:
@@ -96,7 +95,7 @@ def _chosen(
     columns = pa.schema([*SCORES, ("margin", pa.float32())])
     best = borderline = rejected = columns.empty_table()
     for shard in scores:
-        table = pq.read_table(storage.opened(shard), schema=SCORES)
+        table = storage.read_table(shard, schema=SCORES)
         margins = [
             pc.subtract(table[name], pa.scalar(least, pa.float32()))
             for name, least in config.thresholds.least().items()

@@ -72,7 +72,7 @@ def fill_queue(
 def _rows(triplets: str) -> Iterator[dict[str, Any]]:
     for shard in plan.shards(triplets):
         try:
-            with storage.parquet(shard) as file:
+            with storage.open_parquet(shard) as file:
                 missing = set(TRIPLETS.names) - set(file.schema_arrow.names)
                 if missing:
                     raise DatasetError(

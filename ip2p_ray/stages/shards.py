@@ -91,7 +91,7 @@ def read_tables(
     for shard in manifest.shards:
         path = storage.join(uri, shard.name)
         try:
-            with storage.parquet(path) as file:
+            with storage.open_parquet(path) as file:
                 missing = [name for name in schema.names if name not in file.schema_arrow.names]
                 if missing:
                     raise DatasetError(f"shard {path} has no column {', '.join(missing)}")
