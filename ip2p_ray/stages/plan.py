@@ -327,7 +327,7 @@ def _noted(resume: str) -> int:
 
 def count_rows(shards: Iterable[str | Path]) -> int:
     """The rows of Parquet files, from their footers."""
-    return sum(storage.row_counts(shards))
+    return sum(storage.row_counts(list(shards)))
 
 
 def _remove_duplicates(uri: str, key: str, rows: int) -> None:
