@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from ip2p_ray.atomic import atomic_folder
 from ip2p_ray.errors import ConfigError, ModelError
 from ip2p_ray.images import UINT8
+from ip2p_ray.model_files import require_no_code, require_safetensors
 
 PREPROCESSING = "bicubic-no-antialias-whole-image"
 
@@ -34,7 +35,7 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
 _LOCAL = "local-dir:"
-_WEIGHTS = (".safetensors", ".bin", ".pth")
+_TAKEN_FIRST = (WEIGHTS_FILE, "open_clip_pytorch_model.safetensors")
 _BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
@@ -267,7 +268,10 @@ def _require_folder(source: str) -> None:
         )
     if not (folder / CONFIG_FILE).is_file():
         raise ModelError(f"CLIP folder {source} has no {CONFIG_FILE}")
-    if not any(path.suffix in _WEIGHTS for path in folder.iterdir()):
+    require_safetensors(folder, "CLIP folder", _TAKEN_FIRST)
+    for name in ("tokenizer_config.json", "config.json"):
+        require_no_code(folder / name, "CLIP folder")
+    if not any(path.suffix == ".safetensors" for path in folder.iterdir()):
         raise ModelError(f"CLIP folder {source} has no weights ({WEIGHTS_FILE})")
 
 

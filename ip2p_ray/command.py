@@ -104,12 +104,24 @@ def require_uri(flag: str, uri: str | Path, *, written: bool = False) -> None:
         require_place(flag, Path(text.removeprefix("file://")), folder=True)
 
 
+def in_rays_copy() -> bool:
+    """Whether this runs in the folder into which Ray has unpacked a job's working directory."""
+    return any(part.startswith("_ray_pkg_") for part in Path.cwd().parts)
+
+
 def require_place(flag: str, path: Path, *, folder: bool) -> None:
     """Checks that a file, or a folder, can be written at `path`, as far as that can be seen now.
+
+    In a submitted job the path is absolute, or what is written there would go with the job.
 
     Raises:
         ConfigError: it cannot; the flag, the path and the reason are named.
     """
+    if not path.is_absolute() and in_rays_copy():
+        raise ConfigError(
+            f"{flag} {path} would lie in Ray's copy of the working directory, which goes with the "
+            "job: give the absolute path of a folder that all nodes share, or s3://bucket/folder"
+        )
     if folder and os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where it may not look
         raise ConfigError(f"{flag} {path} is a file; give a folder")
     if not folder and os.path.isdir(path):  # noqa: PTH112

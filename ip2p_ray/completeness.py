@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError, DatasetError
@@ -177,7 +176,7 @@ def _columns(uri: str, *names: str, read: list[str] | None = None) -> Iterator[t
     for shard in storage.read_manifest(uri).shards:
         place = storage.join(uri, shard.name)
         try:
-            with pq.ParquetFile(storage.opened(place)) as file:
+            with storage.open_parquet(place) as file:
                 for batch in file.iter_batches(_ROWS, columns=read or list(names)):
                     yield from zip(*(batch[name].to_pylist() for name in names), strict=True)
         except (OSError, LookupError, pa.ArrowException) as error:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel
 
 from ip2p_ray.errors import ConfigError, ModelError
+from ip2p_ray.model_files import NO_CODE, SAFETENSORS, require_safetensors
 
 KINDS = ("vit", "dinov2", "dinov2_with_registers")
 """transformers' names of the architectures that are taken."""
@@ -47,12 +48,13 @@ class Dino:
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"DINO cannot go to {device}: torch sees no CUDA device here")
         try:
-            kind = AutoConfig.from_pretrained(str(source)).model_type
+            require_safetensors(source, "DINO folder")
+            kind = AutoConfig.from_pretrained(str(source), **NO_CODE).model_type
             if kind not in KINDS:
                 raise ModelError(f"DINO folder {source} is a {kind}, not one of {', '.join(KINDS)}")
             options = {"add_pooling_layer": False} if kind == "vit" else {}
             model, told = AutoModel.from_pretrained(
-                str(source), output_loading_info=True, **options
+                str(source), output_loading_info=True, **SAFETENSORS, **NO_CODE, **options
             )
         except _BROKEN as error:
             raise ModelError(f"DINO folder {source} cannot be loaded: {error}") from error

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol, TextIO, overload
+from typing import IO, Any, Literal, Protocol, TextIO, overload, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ip2p_ray import parquet
 from ip2p_ray.errors import DatasetError
 
 TEXT = "text"
@@ -57,6 +58,20 @@ class File(Protocol):
 
     def open(self, mode: Literal["rb"], /) -> IO[bytes]:
         """Its bytes; can seek."""
+        ...
+
+
+@runtime_checkable
+class Remote(File, Protocol):
+    """A file that is no path, such as an object of a bucket."""
+
+    @property
+    def place(self) -> str:
+        """Where it lies, from the folder on that was asked for."""
+        ...
+
+    def beside(self, name: str, /) -> File:
+        """The file of that name, or at that path, in the same folder."""
         ...
 
 
@@ -96,6 +111,20 @@ def is_data(parts: Sequence[str]) -> bool:
     return not any(part[0] in "._" for part in parts) and _kind(parts[-1]) in KINDS
 
 
+def beside(path: File, name: str) -> File:
+    """The file of that name, or at that path, in the same folder."""
+    if isinstance(path, Path):
+        return path.parent / name
+    assert isinstance(path, Remote)
+    return path.beside(name)
+
+
+def read(path: File) -> bytes:
+    """All bytes of a file."""
+    with path.open("rb") as file:
+        return file.read()
+
+
 def size(path: File) -> int:
     """Bytes of a file."""
     with _told(path), path.open("rb") as file:
@@ -109,7 +138,7 @@ def columns(path: File) -> list[str]:
         DatasetError: the file cannot be read.
     """
     if _suffix(path) == ".parquet":
-        with _told(path), _parquet(path) as file:
+        with _told(path), open_parquet(path, ()) as file:
             return list(file.schema_arrow.names)
     if _suffix(path) in _TABLES:
         with _told(path), _opened(path) as file:
@@ -152,7 +181,7 @@ def read_numbered(
 
 def _read_parquet(path: File, names: Sequence[str], rows: int) -> Iterator[Numbered]:
     count = 0
-    with _parquet(path) as file:
+    with open_parquet(path, names) as file:
         for batch in file.iter_batches(rows, columns=list(names), use_threads=False):
             yield from enumerate(batch.to_pylist(), start=count + 1)
             count += len(batch)
@@ -225,15 +254,20 @@ KINDS = (".parquet", *_LINES)
 
 
 @contextmanager
-def _parquet(path: File) -> Iterator[pq.ParquetFile]:
-    """A Parquet file, of which a row group is not read whole before its first batch comes out."""
+def open_parquet(path: File, names: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, of which a row group is not read whole before its first batch comes out.
+
+    All its columns, or those `names`, are plain.
+    """
     if isinstance(path, Path):
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        with parquet.opened(path, names=names, pre_buffer=False, buffer_size=1 << 20) as file:
             yield file
     else:
         with (
             path.open("rb") as stream,
-            pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_AHEAD) as file,
+            parquet.opened(
+                stream, path, names=names, pre_buffer=False, buffer_size=_READ_AHEAD
+            ) as file,
         ):
             yield file
 

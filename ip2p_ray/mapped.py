@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ip2p_ray import parquet
 from ip2p_ray.atomic import atomic_file
 from ip2p_ray.errors import DatasetError
 
@@ -151,7 +151,7 @@ class MappedRows:
     def _parquet_batches(self, shard: Path) -> Iterable[pa.RecordBatch]:
         names = self._schema.names
         try:
-            with pq.ParquetFile(shard) as file:
+            with parquet.opened(shard) as file:
                 self._check_schema(shard, file.schema_arrow)
                 for batch in file.iter_batches(batch_size=self._rows_at_a_time, columns=names):
                     yield self._conform(batch)
@@ -161,7 +161,7 @@ class MappedRows:
     def _open(self, path: Path) -> pa.Table:
         try:
             with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
+                table = parquet.opened_arrow(source, path).read_all()
             self._check_schema(path, table.schema)
             return self._conform(table)
         except (pa.ArrowException, OSError) as error:
@@ -170,9 +170,9 @@ class MappedRows:
     def _columns(self, shard: Path) -> list[str]:
         try:
             if shard.suffix == ".parquet":
-                return list(pq.read_schema(shard).names)
+                return list(parquet.read_schema(shard).names)
             with pa.memory_map(str(shard)) as source:
-                return list(pa.ipc.open_file(source).schema.names)
+                return list(parquet.opened_arrow(source, shard).schema.names)
         except (pa.ArrowException, OSError) as error:
             raise self._broken(shard, error) from error
 

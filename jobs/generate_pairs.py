@@ -6,11 +6,15 @@
     ray job submit --working-dir . -- python jobs/generate_pairs.py --preset fast \
         --triplets /shared/run/triplets --out /shared/run --dtype bfloat16 --channels-last \
         --gpus 1 --actors 2 --most-actors 16 --batch-size 16
+    ray job submit --working-dir . -- python jobs/generate_pairs.py --preset fast \
+        --triplets s3://bucket/run/triplets --out s3://bucket/run --dtype bfloat16 \
+        --gpus 1 --actors 2 --most-actors 16 --batch-size 16
 
 <out>/pairs comes out, with candidates, scores and rejects beside it and the page <out>/pairs.html.
 First a batch is measured and what the rest will take is told; --dry-run stops there. Whenever it is
-stopped, the same command goes on, with other workers if need be. The status is 0 when all is
-made, 1 for a failure and 2 for a wrong flag.
+stopped, the same command goes on, with other workers if need be. s3:// takes endpoint, region and
+credentials as in jobs/collect_captions.py, on every node. The status is 0 when all is made, 1 for a
+failure and 2 for a wrong flag.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import custom_resources, loading, require_place
+from ip2p_ray.command import custom_resources, loading, require_uri
 
 OF_THE_PAIRS = (
     *("resolution", "steps", "sampler", "candidates", "self_replace", "guidance_scale"),
@@ -42,9 +46,10 @@ class GeneratePairs:
     """A dataset of triplets in, a dataset of pairs out."""
 
     triplets: str
-    """Dataset of triplets, as jobs/write_triplets.py or jobs/collect_captions.py makes it."""
-    out: Path = Path("runs/pairs")
-    """Folder for the datasets; all nodes have to reach it."""
+    """Dataset of triplets, as jobs/write_triplets.py or jobs/collect_captions.py makes it; here or
+    s3://."""
+    out: str = "runs/pairs"
+    """Folder for the datasets; all nodes have to reach it, here or s3://."""
     preset: Literal["miniature", "fast", "paper"] = "miniature"
     """Models and settings; every flag below takes the place of one of them."""
     dry_run: bool = False
@@ -169,9 +174,8 @@ class GeneratePairs:
         custom_resources("--judge-resources", self.judge_resources)
         if not 0 <= self.max_reject_share <= 1:
             raise ValueError("--max-reject-share lies in [0, 1]")
-        if "://" in self.triplets and not self.triplets.startswith("file://"):
-            raise ValueError(f"--triplets {self.triplets}: only local datasets can be read")
-        require_place("--out", self.out, folder=True)
+        require_uri("--triplets", self.triplets)
+        require_uri("--out", self.out, written=True)
 
 
 def _at_least_1(name: str, value: int | None) -> None:
@@ -198,13 +202,12 @@ def _generate(job: GeneratePairs, config: Any, making: Any) -> None:
     from ip2p_ray.stages.forecast import fingerprints, forecast_of
     from ip2p_ray.stages.pairs import generate_pairs
 
-    out = job.out.absolute()
-    triplets = str(storage.local_path(job.triplets).absolute())
+    out, triplets = storage.absolute(job.out), storage.absolute(job.triplets)
     storage.require_manifest(triplets)
     resources = {"actors": making.actors, "store_bytes": making.store_bytes(config)}
     with run.locked(out), run.local_ray(workers=job.actors, **resources):
-        if job.dry_run or not (out / "candidates").exists():
-            queue = storage.join(str(out), ".plan")  # so that --limit binds no later run
+        if job.dry_run or not storage.any_there(storage.join(out, "candidates")):
+            queue = storage.join(out, ".plan")  # so that --limit binds no later run
             storage.remove_all(queue)
             plan = forecast_of(triplets, queue, config, making)
             storage.remove_all(queue)  # but its rejects stay where they end the run
@@ -213,8 +216,9 @@ def _generate(job: GeneratePairs, config: Any, making: Any) -> None:
         if job.dry_run:
             return
         models = fingerprints(making)
-        made = generate_pairs(triplets, str(out), config, making, models=models)
-    print(f"generate_pairs: {job.out / 'pairs'} has {made.rows:,} pairs; see {job.out}/pairs.html")
+        made = generate_pairs(triplets, out, config, making, models=models)
+    pairs, page = (storage.join(job.out, name) for name in ("pairs", "pairs.html"))
+    print(f"generate_pairs: {pairs} has {made.rows:,} pairs; see {page}")
 
 
 def _settings(job: GeneratePairs) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
     python jobs/quickstart.py                 about twelve minutes on two cores
     python jobs/quickstart.py --smoke         about two; a check that everything runs
     ray job submit --working-dir . -- python jobs/quickstart.py --out /shared/quickstart
+    ray job submit --working-dir . -- python jobs/quickstart.py --out s3://bucket/quickstart
 
 The same command again goes on where it was stopped.
 """
@@ -15,16 +16,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import loading, require_place
+from ip2p_ray.command import loading, require_uri
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
     """From captions to a trained editor and a report, with the miniature's models."""
 
-    out: Path | None = None
-    """Folder for everything that is made, by default runs/quickstart, with --smoke runs/smoke; an
-    unfinished run in it is continued."""
+    out: str | None = None
+    """Folder for everything that is made, here or s3://, by default runs/quickstart, with --smoke
+    runs/smoke; an unfinished run in it is continued."""
     seed: int = 0
     """Of captions, replies, training and evaluation."""
     captions: int = 400
@@ -48,12 +49,12 @@ class Quickstart:
             raise ValueError("--captions is at most 50,000: the drawn world has not many more")
         if not 0 <= self.seed < 2**31:
             raise ValueError("--seed lies in [0, 2**31)")
-        require_place("--out", self.folder, folder=True)
+        require_uri("--out", self.folder, written=True)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> str:
         """Where everything goes: a smoke run has a folder of its own, for it makes other data."""
-        return self.out or Path("runs/smoke" if self.smoke else "runs/quickstart")
+        return self.out or ("runs/smoke" if self.smoke else "runs/quickstart")
 
 
 def main(job: Quickstart) -> int:

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,19 @@ def test_uris_of_folders_and_buckets(tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=re.escape(told)):
             require_uri("--out", wrong, written=True)
+
+
+def test_a_submitted_job_wants_an_absolute_place(tmp_path, monkeypatch):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match=r"--out runs/q would lie in Ray's copy.*absolute path"):
+        require_place("--out", Path("runs/q"), folder=True)
+    with pytest.raises(ConfigError, match="--out runs/q would lie"):
+        require_uri("--out", "runs/q", written=True)
+    require_place("--out", tmp_path / "runs", folder=True)
+    monkeypatch.chdir(tmp_path)
+    require_place("--out", Path("runs/q"), folder=True)
 
 
 def test_custom_resources_are_read_in_the_order_of_their_names():

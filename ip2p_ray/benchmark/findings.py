@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ip2p_ray import storage
+from ip2p_ray import parquet, storage
 from ip2p_ray.answerers import EditorAnswerer
 from ip2p_ray.atomic import atomic_file
 from ip2p_ray.checkpoint import export_editor
@@ -269,7 +269,7 @@ def _encode_pool(pool: str, out: Path, preset: Preset) -> pa.Table:
         kept = [{name: row[name] for name in schema.names} for row in rows]
         with atomic_file(place) as new:
             pq.write_table(pa.Table.from_pylist(kept, schema=schema), new)
-    return pq.read_table(place)
+    return parquet.read_table(place)
 
 
 def _chosen(pool: pa.Table, arm: Arm, seed: int, preset: Preset) -> pa.Table:

@@ -21,8 +21,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ip2p_ray.atomic import atomic_folder
 from ip2p_ray.errors import ModelError
+from ip2p_ray.model_files import SAFETENSORS, require_safetensors
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_LIBRARIES = (["diffusers"], ["transformers"])
 # What the readers of the parts raise for a file that is missing, cut short or of another shape.
 READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 
@@ -98,11 +100,37 @@ def _check_source(source: str) -> None:
             f"model folder {source} has no {missing[0]}/: a diffusers folder holds "
             + ", ".join(f"{part}/" for part in PARTS)
         )
+    _require_known_classes(folder / "model_index.json", source)
+
+
+def _require_known_classes(index: Path, source: str) -> None:
+    """The parts are read by classes that are named here; a folder that wants its own is refused."""
+    if not index.is_file():
+        return
+    try:
+        told = dict(json.loads(index.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _broken(source, "model_index.json", error) from error
+    wanted = {part: told.get(part) for part in PARTS if told.get(part) is not None}
+    own = [
+        part
+        for part, classes in wanted.items()
+        if not isinstance(classes, list) or classes[:1] not in ([None], *_LIBRARIES)
+    ]
+    if own or not isinstance(told.get("_class_name", ""), str):
+        raise ModelError(
+            f"model {source} names code of its own in model_index.json "
+            f"({own[0] if own else '_class_name'}), which is not run: it has to be a plain Stable "
+            "Diffusion"
+        )
 
 
 def _read_weights(kind: Any, source: str, part: str, subfolder: str | None) -> torch.nn.Module:
     try:
-        model, info = kind.from_pretrained(source, subfolder=subfolder, output_loading_info=True)
+        require_safetensors(Path(source, subfolder or ""), f"{part} of model")
+        model, info = kind.from_pretrained(
+            source, subfolder=subfolder, output_loading_info=True, **SAFETENSORS
+        )
     except READ_ERRORS as error:
         raise _broken(source, part, error) from error
     lost = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]

@@ -20,6 +20,7 @@ from ip2p_ray.miniature import parallel
 from ip2p_ray.miniature.drawing import SIZE
 from ip2p_ray.miniature.feed import pictures, scene_batch, step_random
 from ip2p_ray.miniature.fit import FitConfig, fit, save_module
+from ip2p_ray.model_files import SAFETENSORS
 
 CROP = 32
 
@@ -91,7 +92,7 @@ def train_decoder(
     The latents stay what they are, so a generator can be trained on them meanwhile. Stable
     Diffusion's later autoencoders (ft-EMA, ft-MSE) came about the same way.
     """
-    vae: Any = AutoencoderKL.from_pretrained(folder / "vae").to(device)
+    vae: Any = AutoencoderKL.from_pretrained(folder / "vae", **SAFETENSORS).to(device)
     count = parallel.share(config.batch_size)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
 

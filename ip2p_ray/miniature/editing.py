@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.nn.parallel import DistributedDataParallel
 
+from ip2p_ray import parquet
 from ip2p_ray.atomic import atomic_file
 from ip2p_ray.checkpoint import (
     export_editor,
@@ -184,7 +185,7 @@ def pair_funnel(folder: Path) -> dict[str, int]:
     """How many captions, rejections by reason, and kept pairs all chunks count together."""
     total: Counter[str] = Counter()
     for path in sorted((folder / "pairs").glob("*.parquet")):
-        total.update(json.loads(pq.read_schema(path).metadata[b"funnel"]))
+        total.update(json.loads(parquet.read_schema(path).metadata[b"funnel"]))
     return dict(total)
 
 

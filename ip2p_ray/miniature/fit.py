@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ip2p_ray.atomic import atomic_file, atomic_folder
 from ip2p_ray.miniature import parallel
 from ip2p_ray.miniature.pace import Pace
+from ip2p_ray.model_files import read_state
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def fit(
     ema = {k: v.detach().clone() for k, v in module.state_dict().items()}
     first, seconds = 0, 0.0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = read_state(path)
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         ema, first, seconds = state["ema"], state["step"], state["seconds"]

@@ -24,6 +24,7 @@ from ip2p_ray.miniature.feed import captions, pictures, scene_batch, step_random
 from ip2p_ray.miniature.fit import FitConfig, fit
 from ip2p_ray.miniature.pace import Pace
 from ip2p_ray.miniature.scenes import Scene
+from ip2p_ray.model_files import SAFETENSORS, read_state
 
 SCHEDULER: dict[str, Any] = {
     "_class_name": "EulerAncestralDiscreteScheduler",
@@ -78,8 +79,10 @@ def build_unet(config: GeneratorConfig, latent_channels: int) -> UNet2DCondition
 def train(config: GeneratorConfig, folder: Path, *, seed: int, device: str) -> dict[str, float]:
     """Train (or resume) and save `folder`/generator, a diffusers folder."""
     torch.manual_seed(seed)
-    vae: Any = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
-    text_encoder: Any = CLIPTextModel.from_pretrained(folder / "text_encoder").requires_grad_(False)
+    vae: Any = AutoencoderKL.from_pretrained(folder / "vae", **SAFETENSORS)
+    vae.eval().requires_grad_(False)
+    text_encoder: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", **SAFETENSORS)
+    text_encoder.requires_grad_(False)
     model = StableDiffusion(
         unet=build_unet(config, vae.config["latent_channels"]).to(
             device, memory_format=torch.channels_last
@@ -124,7 +127,7 @@ def _pool(model: StableDiffusion, config: GeneratorConfig, seed: int, path: Path
         with atomic_file(path) as new:
             torch.save(latents, new)
     parallel.meet()
-    return Pool(scenes, torch.load(path, weights_only=True))
+    return Pool(scenes, read_state(path))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.editor import Editor, EditSettings
 from ip2p_ray.errors import ModelError
 from ip2p_ray.filtering import Thresholds
+from ip2p_ray.model_files import SAFETENSORS, require_safetensors
 from ip2p_ray.pairs import PairConfig
 from ip2p_ray.settings import read_settings
 
@@ -79,10 +80,11 @@ def load_editor(folder: Path = WEIGHTS, *, device: str | torch.device = "cpu") -
     """The shipped editor with its own defaults (64 pixels, fewer steps than the paper's)."""
     model = load_generator(folder, device=device)
     place = folder / "editor" / "unet"
+    require_safetensors(place, "the editor's UNet")
     try:
         unet: Any
         unet, found = UNet2DConditionModel.from_pretrained(
-            place, local_files_only=True, output_loading_info=True
+            place, local_files_only=True, output_loading_info=True, **SAFETENSORS
         )
     except BROKEN as error:
         raise ModelError(f"the editor in {folder / 'editor'} cannot be loaded: {error}") from error

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from ip2p_ray import presets
+from ip2p_ray import presets, storage
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.evaluation import EvaluationConfig
 from ip2p_ray.generator import GeneratorWeights
@@ -34,7 +34,7 @@ SMOKE_QUESTIONS = EvaluationConfig(
 
 def run_all(
     *,
-    out: Path,
+    out: str,
     seed: int,
     captions: int,
     candidates: int,
@@ -60,10 +60,10 @@ def run_all(
         pairs=replace(preset.pairs, candidates=candidates),
         training=replace(preset.training, steps=train_steps, seed=seed),
     )
-    out = out.absolute()
+    out = storage.absolute(out)
     with locked(out), local_ray(workers=workers):
-        make_datasets(str(out), preset, questions, captions=captions, seed=seed, workers=workers)
-        written = write_report(str(out), questions, seed=seed)
+        make_datasets(out, preset, questions, captions=captions, seed=seed, workers=workers)
+        written = write_report(out, questions, seed=seed)
     logger.info("done in %s", duration(time.monotonic() - began))
     logger.info("look at %s; the scores are in %s", shown(written.report), shown(written.metrics))
     logger.info("edit a picture: %s", edit_command(out, written))

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ip2p_ray import storage
 from ip2p_ray.distinct import KEPT, NOT_SAMPLED, Distinct
@@ -73,7 +72,7 @@ def fill_queue(
 def _rows(triplets: str) -> Iterator[dict[str, Any]]:
     for shard in plan.shards(triplets):
         try:
-            with pq.ParquetFile(storage.local_path(shard)) as file:
+            with storage.open_parquet(shard) as file:
                 missing = set(TRIPLETS.names) - set(file.schema_arrow.names)
                 if missing:
                     raise DatasetError(

@@ -9,10 +9,8 @@ import logging
 import math
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ip2p_ray
-from ip2p_ray import lease, storage
+from ip2p_ray import lease, logs, notes, storage
 from ip2p_ray.atomic import remove_leftovers
 from ip2p_ray.command import CustomResources, require_resources
 from ip2p_ray.errors import (
@@ -33,12 +31,14 @@ from ip2p_ray.errors import (
     StageError,
     StorageError,
 )
+from ip2p_ray.notes import NOTE_EVERY_S, read_noted, read_origin
 from ip2p_ray.report import Report, duration
 from ip2p_ray.schema import recipe
+from ip2p_ray.stages import attempts, metrics
 
 logger = logging.getLogger(__name__)
 
-ORIGIN = "_origin.json"
+ORIGIN = notes.ORIGIN
 RESUME = ".resume"
 REJECTED = "rejects"
 
@@ -46,9 +46,6 @@ _OF_THE_DISK = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "EMFILE")
 }
-
-NOTE_EVERY_S = 10.0
-"""How often an attempt notes its time; kill -9 loses at most so much of it."""
 
 BUDGET_REACHED = 3
 """Exit status of a job that a spending cap stopped."""
@@ -280,6 +277,17 @@ def make(
     Raises:
         DatasetError: something made from another origin lies there.
     """
+    with logs.about(**_names(origin, build)):
+        return _make(uri, origin, build, device_seconds, note_every_s)
+
+
+def _make(
+    uri: str,
+    origin: Origin,
+    build: Callable[[], Sequence[Report]],
+    device_seconds: Callable[[], float] | None,
+    note_every_s: float,
+) -> storage.Manifest:
     _check_origin(uri, origin)
     if storage.exists(storage.join(uri, storage.MANIFEST)):
         manifest = storage.require_manifest(uri)
@@ -289,7 +297,10 @@ def make(
     if not storage.exists(storage.join(uri, ORIGIN)):
         # The dataset was deleted, and with it what these notes say was written.
         storage.remove_all(resume_folder(uri))
-    with _attempt(uri, origin, note_every_s) as seconds:
+    for place in (uri, resume_folder(uri)):
+        storage.abort_uploads(place)
+    content = {**vars(origin), "digest": origin.digest}
+    with attempts.attempt(uri, content, note_every_s, sentence) as seconds:
         reports = build()
         wall_seconds = seconds()
     manifest = storage.write_manifest(
@@ -307,9 +318,18 @@ def make(
     storage.remove_all(resume_folder(uri))
     for report in reports:
         logger.info("%s", report.line())
+        metrics.reported(report)
     if not reports and manifest.wall_seconds > 1.0:
         logger.info("%s: made in %s", _told(uri, origin), duration(manifest.wall_seconds))
     return manifest
+
+
+def _names(origin: Origin, build: Callable[..., Any]) -> dict[str, str]:
+    """What log lines are told to be of: the dataset, the module that makes it, the part."""
+    dataset, _, part = origin.dataset.partition(", part ")
+    module = str(getattr(build, "__module__", ""))
+    stage = module.rpartition(".")[2] if ".stages." in module else dataset
+    return {"dataset": dataset, "stage": stage, **({"part": part} if part else {})}
 
 
 def _told(uri: str, origin: Origin) -> str:
@@ -320,58 +340,12 @@ def _told(uri: str, origin: Origin) -> str:
 
 def earlier_seconds(uri: str) -> float:
     """What earlier attempts at the dataset took, asked while it is being made."""
-    return sum(_attempts(uri)[:-1])
-
-
-@contextmanager
-def _attempt(uri: str, origin: Origin, every_s: float) -> Iterator[Callable[[], float]]:
-    """Writes ORIGIN and keeps the attempt's time in it; yields what tells that of all attempts."""
-    earlier, began = _attempts(uri), time.monotonic()
-    stop = threading.Event()
-
-    def note() -> None:
-        seconds = [*earlier, round(time.monotonic() - began, 3)]
-        content = {**vars(origin), "digest": origin.digest, "attempts": seconds}
-        storage.write_bytes(storage.join(uri, ORIGIN), json.dumps(content, indent=2).encode())
-
-    def note_now_and_then() -> None:
-        while not stop.wait(every_s):
-            with suppress(
-                OSError, StorageError
-            ):  # it is only a note; what matters fails where it is written
-                note()
-
-    note()
-    thread = threading.Thread(target=note_now_and_then, daemon=True)
-    thread.start()
-    try:
-        yield lambda: round(sum(earlier) + time.monotonic() - began, 3)
-    finally:
-        stop.set()
-        thread.join()
-        note()
-
-
-def _attempts(uri: str) -> list[float]:
-    """The seconds of each attempt, the newest last."""
-    attempts: list[float] = _read_origin(uri).get("attempts", [])
-    return attempts
-
-
-def _read_origin(uri: str) -> dict[str, Any]:
-    """ORIGIN as it was written, empty where there is none."""
-    place = storage.join(uri, ORIGIN)
-    if not storage.exists(place):
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(storage.read_bytes(place))
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{place} cannot be read: {error}; delete {uri}") from error
-    return found
+    noted = read_noted(uri)
+    return sum(noted.attempts[:-1]) if noted else 0.0
 
 
 def _check_origin(uri: str, origin: Origin) -> None:
-    found = _read_origin(uri)
+    found = read_origin(uri)
     if not found and storage.exists(storage.join(uri, storage.MANIFEST)):
         manifest = storage.read_manifest(uri)
         found = {**vars(manifest), "digest": manifest.recipe}
@@ -405,12 +379,10 @@ def guarded(name: str, work: Callable[[], object]) -> int:
     in one sentence; one that is not this package's is a bug and is raised. Logging is set up here,
     once: this package's lines, and of other libraries only errors.
     """
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    logging.getLogger().setLevel(logging.ERROR)
-    logging.getLogger("ip2p_ray").setLevel(logging.INFO)
-    logging.captureWarnings(True)
+    logs.configure(sys.stdout)
     try:
-        work()
+        with logs.about(job=name), logs.printed_too():
+            work()
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: stopped; the same command goes on from here\n")
         return 130
@@ -418,10 +390,21 @@ def guarded(name: str, work: Callable[[], object]) -> int:
         told = own_error(error)
         if told is None:
             raise
-        # Ray adds lines of its own to what an actor raised.
-        sys.stderr.write(f"{name}: {str(told).splitlines()[0]}\n")
+        sys.stderr.write(f"{name}: {sentence(told)}\n")
+        if logs.wants_json():
+            with logs.about(job=name):
+                logger.error("%s", sentence(told))
         return BUDGET_REACHED if isinstance(told, BudgetError) else 1
     return 0
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, in one line: of this package's own without what Ray adds."""
+    told = own_error(error)
+    if told is not None:
+        return str(told).splitlines()[0]
+    said = str(getattr(error, "cause", None) or error).strip().splitlines()
+    return ": ".join([type(error).__name__, *said[-1:]])
 
 
 def own_error(error: BaseException | None) -> Ip2pError | None:

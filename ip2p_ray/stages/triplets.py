@@ -13,9 +13,9 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ip2p_ray import storage
+from ip2p_ray.copies import local_folder
 from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.gallery import triplets_page
 from ip2p_ray.places import Places
@@ -24,6 +24,7 @@ from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
 from ip2p_ray.stages import plan, run, vllm_writer
 from ip2p_ray.stages.captions import Shards
 from ip2p_ray.stages.replies import (
+    JUDGED,
     REPLIES,
     Asking,
     ask_replies,
@@ -58,8 +59,8 @@ class WriteReplies:
         from ip2p_ray.clip import Clip
         from ip2p_ray.triplets.local_writer import LocalWriter
 
-        self._writer = LocalWriter.load(writer, device)
-        self._fits = Clip.load(judge).fits if judge else fits_openai
+        self._writer = LocalWriter.load(local_folder(writer), device)
+        self._fits = Clip.load(local_folder(judge)).fits if judge else fits_openai
         self._seed = seed
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -109,7 +110,9 @@ def write_triplets(
             return vllm_writer.step(writer, config.seed, resources)
         device = "cuda" if resources.gpus else "cpu"
         arguments = {"writer": writer, "judge": judge, "seed": config.seed, "device": device}
-        return plan.Step(callable=WriteReplies, arguments=arguments, resources=resources)
+        return plan.Step(
+            callable=WriteReplies, arguments=arguments, resources=resources, judges=True
+        )
 
     def write() -> list[Report]:
         plan.stream(
@@ -120,6 +123,7 @@ def write_triplets(
             steps=[step()],
             unit="captions",
             rows_per_block=resources.batch_size,
+            judged=JUDGED,
         )
         return []
 
@@ -220,7 +224,8 @@ def _quality(triplets: str) -> Quality:
     tally = Tally()
     names = list(Triplet.__dataclass_fields__)
     for shard in plan.shards(triplets):
-        for batch in pq.read_table(storage.opened(shard), columns=names).to_batches(_ROWS_AT_ONCE):
+        table = storage.read_table(shard, columns=names)
+        for batch in table.to_batches(_ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 tally.add(Triplet(**row))
     return tally.quality()
@@ -271,8 +276,6 @@ def _in_order(replies: str) -> Iterator[dict[str, Any]]:
     bounds = [f"{number * 2**32 // parts:08x}" for number in range(parts)]
     for low, high in zip(bounds, [*bounds[1:], "g"], strict=True):
         within = [("caption_key", ">=", low), ("caption_key", "<", high)]
-        tables = [
-            pq.read_table(storage.opened(shard), schema=REPLIES, filters=within) for shard in shards
-        ]
+        tables = [storage.read_table(shard, schema=REPLIES, filters=within) for shard in shards]
         for batch in pa.concat_tables(tables).sort_by("caption_key").to_batches(_ROWS_AT_ONCE):
             yield from batch.to_pylist()

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from ip2p_ray.errors import ConfigError
+from ip2p_ray.model_files import NO_CODE, require_safetensors
 from ip2p_ray.schema import CAPTIONS, stream_seed
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.replies import fits_openai, row_of_reply
@@ -71,11 +72,16 @@ def config(writer: str, resources: run.Resources) -> Any:
     """Ray Data's settings for engines that hold the model of a folder."""
     from ray.data.llm import vLLMEngineProcessorConfig
 
+    require_safetensors(writer, "writer folder")
     return vLLMEngineProcessorConfig(
         model_source=writer,
         batch_size=resources.batch_size,
         concurrency=(resources.actors, resources.actors),
-        engine_kwargs={"tensor_parallel_size": int(resources.gpus)},
+        engine_kwargs={
+            "tensor_parallel_size": int(resources.gpus),
+            "load_format": "safetensors",
+            **NO_CODE,
+        },
         # the engine reads and writes text; there is no chat here
         chat_template_stage=False,
         tokenize_stage=False,

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ip2p_ray.errors import ConfigError, ModelError
+from ip2p_ray.model_files import NO_CODE, SAFETENSORS, require_safetensors
 from ip2p_ray.schema import stream_seed
 from ip2p_ray.triplets.prompt import MAX_TOKENS, STOP, TEMPERATURE, completion_prompt
 
@@ -51,9 +52,15 @@ class LocalWriter:
             raise ModelError(f"writer folder {folder} does not exist")
         loader: Any = AutoModelForCausalLM
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            require_safetensors(folder, "writer folder")
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
             model, found = loader.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                **SAFETENSORS,
+                **NO_CODE,
             )
         except _BROKEN as error:
             raise ModelError(f"writer folder {folder} cannot be loaded: {error}") from error

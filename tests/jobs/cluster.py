@@ -1,0 +1,84 @@
+"""A Ray head of its own, as an operator starts it, and jobs submitted to it."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RAY = Path(sys.executable).parent / "ray"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextlib.contextmanager
+def ray_head(*, cpus: int = 4) -> Iterator[str]:
+    """The dashboard's address of a head that runs while the block does."""
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: sockets lie below it
+    port, dashboard, agent, client = free_ports(4)
+    command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"]
+    command += [f"--num-cpus={cpus}", f"--object-store-memory={256 << 20}"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with (Path(folder) / "head.log").open("w") as log:
+        head = subprocess.Popen(
+            [*map(str, command), "--disable-usage-stats"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd="/",  # what a driver finds, it does not find because the head lay there
+            env={**environment, "RAY_AUTH_MODE": "disabled"},
+            start_new_session=True,
+        )
+    try:
+        _wait_for(dashboard, head, Path(folder) / "head.log")
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        _end(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for(port: int, head: "subprocess.Popen[bytes]", log: Path, limit_s: float = 120) -> None:
+    import httpx
+
+    deadline = time.monotonic() + limit_s
+    while True:
+        assert head.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        with contextlib.suppress(httpx.HTTPError):
+            # the job API is the last to answer
+            if httpx.get(f"http://127.0.0.1:{port}/api/jobs/", timeout=5).status_code == 200:
+                return
+        time.sleep(0.3)
+
+
+def _end(head: "subprocess.Popen[bytes]") -> None:
+    """Ends the head and whatever it started, by their ids."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(head.pid).children(recursive=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGTERM)
+        _, left = psutil.wait_procs(below, timeout=15)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    if head.poll() is None:
+        os.killpg(head.pid, signal.SIGKILL)
+    head.wait(timeout=30)
