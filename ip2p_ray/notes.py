@@ -49,7 +49,7 @@ class Note:
     """`at` and `sentence` of attempts that failed, the newest last; at most MOST_FAILURES."""
     host: str = ""
     job: str = ""
-    """Ray's id of the job."""
+    """Id with which it was submitted to Ray; "" where it was not."""
 
 
 @dataclass(frozen=True, kw_only=True)

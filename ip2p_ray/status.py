@@ -195,7 +195,8 @@ def _of_manifest(manifest: storage.Manifest) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in manifest.shards),
     }
     for report in manifest.reports[-1:]:
-        known |= {"kept": report["rows_out"], "rejected": report["rejected"]}
+        rejected = sorted(report["rejected"].items(), key=lambda each: -each[1])
+        known |= {"kept": report["rows_out"], "rejected": dict(rejected)}
     return known
 
 
@@ -221,12 +222,7 @@ def _of_training(uri: str, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps(uri: str) -> list[int]:
-    if storage.is_local(uri):
-        folder = storage.local_path(uri)
-        names = [path.name for path in folder.iterdir() if path.is_dir()]
-    else:
-        names = [found.name.split("/")[0] for found in objects.listing(uri)]
-    steps = (name.removeprefix(_STEP) for name in names if name.startswith(_STEP))
+    steps = (name.removeprefix(_STEP) for name in storage.names(uri) if name.startswith(_STEP))
     return [int(step) for step in steps if step.isdecimal()]
 
 
@@ -252,7 +248,7 @@ def _headline(status: Status, now: float) -> str:
     if status.state == "whole":
         if status.training is not None:
             return f"whole, {status.total or 0:,} steps"
-        return f"whole, {status.done:,} rows, {size(status.bytes or 0)}"
+        return f"whole, {status.done:,} rows, {size(status.bytes)}" if status.bytes else "whole"
     ago = "" if status.updated is None else duration(now - status.updated)
     since = "" if status.updated is None else _clock(status.updated)
     told = {
@@ -272,7 +268,7 @@ def _headline(status: Status, now: float) -> str:
 
 
 def _times(status: Status) -> str:
-    told = duration(status.seconds)
+    told = duration(status.seconds) + ("" if status.state == "whole" else " so far")
     if status.attempts > 1:
         told += f" in {status.attempts} attempts"
     if status.device_seconds:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.estimate.config import Cluster, Sizes, Speed, Speeds, Workload
@@ -292,7 +290,8 @@ def _row_bytes(run: Run, name: str) -> float:
     place, size = run.places[name], 0
     rows = run.manifests[name].rows
     for shard in run.manifests[name].shards:
-        footer = pq.read_metadata(storage.opened(storage.join(place, shard.name)))
+        with storage.open_parquet(storage.join(place, shard.name)) as file:
+            footer = file.metadata
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         size += sum(
             group.column(number).total_compressed_size

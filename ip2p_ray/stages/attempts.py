@@ -18,6 +18,8 @@ from ip2p_ray import storage
 from ip2p_ray.errors import StorageError
 from ip2p_ray.notes import MOST_FAILURES, ORIGIN, Ended, Note, noted_in, read_origin
 
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray where a submitted job runs
+
 
 class Counting(Protocol):
     """What `progress.Progress` tells of itself."""
@@ -102,7 +104,7 @@ class Attempt:
             busy={name: round(seconds, 3) for name, seconds in busy.items()},
             failures=self._failures,
             host=socket.gethostname(),
-            job=os.environ.get("RAY_JOB_ID", ""),
+            job=_submission(),
         )
 
     def counted(self) -> Note:
@@ -122,6 +124,12 @@ class Attempt:
             rate=self._rate,
             **judged(verdicts),
         )
+
+
+def _submission() -> str:
+    """With what `ray job logs` finds this job; "" where nobody submitted it."""
+    told = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
+    return str((told.get("metadata") or {}).get("job_submission_id", ""))
 
 
 def judged(verdicts: Counter[str | None]) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 Every name gets Ray's prefix `ray_`, counters the suffix `_total`; cluster/grafana/pipeline.json
 draws them. Ray adds labels of the node and of the process, so a sum over them is that of a cluster.
 
-A counter counts work done, by this process, since it began. After a kill the same rows may be
-worked at again, and are counted again; what is kept, each row once, is in manifests. What a run
-that goes on finds done already is not counted.
+A counter counts work done, by a process since it began. After a kill the same rows may be worked at
+again, and are counted again; what is kept, each row once, is in manifests. What a run that goes on
+finds done already is not counted. Ray goes on showing what a process counted after its end, until
+its node goes; of gauges only those of processes that live.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from ip2p_ray.triplets.observer import Observer
 SHARES = [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
 """Bounds of the histogram of a batch's fill; above 1 nothing is."""
 
+KEPT = "kept"
+"""In the place of a reason, of what was not rejected."""
+
 JUDGED_BY_ACTORS = ("candidates", "replies")
 """Datasets whose verdicts are counted as they fall; of others, once the dataset is whole."""
 
@@ -39,19 +43,10 @@ def _rows() -> Counter:
 
 
 @cache
-def _kept() -> Counter:
+def _verdicts() -> Counter:
     return Counter(
-        "ip2p_dataset_kept",
-        "Rows, of candidates the candidates, that were judged and kept.",
-        ("dataset",),
-    )
-
-
-@cache
-def _rejects() -> Counter:
-    return Counter(
-        "ip2p_dataset_rejects",
-        "Rows, of candidates the candidates, that were judged and rejected.",
+        "ip2p_dataset_verdicts",
+        "Rows, of candidates the candidates, that were judged, by the reason of rejects.",
         ("dataset", "reason"),
     )
 
@@ -105,23 +100,18 @@ def progressed(note: Note | None) -> None:
         _left().set((note.total - note.done) / note.rate, tags=tags)
 
 
-def judged(dataset: str, verdicts: Mapping[str | None, int]) -> None:
+def judged(dataset: str, verdicts: Mapping[str | None, int] | Mapping[str, int]) -> None:
     """Verdicts, by the reason of rejects; None for what was kept."""
     for reason, count in verdicts.items():
-        if not count:
-            continue
-        if reason is None:
-            _kept().inc(count, tags={"dataset": dataset})
-        else:
-            _rejects().inc(count, tags={"dataset": dataset, "reason": reason})
+        if count:
+            _verdicts().inc(count, tags={"dataset": dataset, "reason": reason or KEPT})
 
 
 def reported(report: Report) -> None:
     """The verdicts of a dataset that is whole, unless its actors counted them."""
     if ray.is_initialized() and report.stage not in JUDGED_BY_ACTORS:
-        verdicts: dict[str | None, int] = {None: report.rows_out}
-        verdicts.update(report.rejected)
-        judged(report.stage, verdicts)
+        judged(report.stage, {KEPT: report.rows_out})
+        judged(report.stage, report.rejected)
 
 
 class ActorMetrics:

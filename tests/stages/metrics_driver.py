@@ -25,7 +25,7 @@ from ip2p_ray.triplets.writer import WriterConfig
 
 def main(weights: str, folder: str, endpoint: str) -> None:
     """The flow in the folder, replies in <folder>/asked."""
-    preset = presets.miniature(weights)
+    preset = presets.miniature(Path(weights))
     preset = replace(preset, training=replace(preset.training, steps=9, batch_size=4))
     questions = EvaluationConfig(tasks=3, shown=2, curve_tasks=2, image_guidance_scales=(1.0, 1.5))
     asking = Asking(
@@ -36,6 +36,7 @@ def main(weights: str, folder: str, endpoint: str) -> None:
         ),
     )
     with run.locked(folder), run.local_ray(workers=2):
+        say(port=ray.nodes()[0]["MetricsExportPort"])
         make_datasets(folder, preset, questions, captions=10, seed=0, workers=2)
         ask_triplets(
             f"{folder}/captions",
@@ -44,9 +45,14 @@ def main(weights: str, folder: str, endpoint: str) -> None:
             examples=(),
             asking=asking,
         )
-        sys.stdout.write(json.dumps({"port": ray.nodes()[0]["MetricsExportPort"]}) + "\n")
-        sys.stdout.flush()
+        say(done=True)
         sys.stdin.readline()
+
+
+def say(**what: object) -> None:
+    """A line for the test."""
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What is noted of attempts, read back from storage."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -44,6 +45,13 @@ def test_failures_of_earlier_attempts_are_kept_the_newest_last(tmp_path):
     note = noted(tmp_path / "d")
     assert note.ended == "made"
     assert len(note.failures) == notes.MOST_FAILURES
+
+
+def test_a_submitted_job_is_named(tmp_path, monkeypatch):
+    told = {"metadata": {"job_submission_id": "raysubmit_1"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(told))
+    run.make(str(tmp_path / "d"), CANDIDATES, list)
+    assert noted(tmp_path / "d").job == "raysubmit_1"
 
 
 def test_ctrl_c_is_no_failure(tmp_path):
