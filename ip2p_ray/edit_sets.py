@@ -65,9 +65,9 @@ class Asked:
     instructions: tuple[str, ...]
     """What is to be done, one after the other; most sets ask one thing at a time. An empty one is
     not told."""
-    source: bytes | Path | None
+    source: bytes | files.File | None
     """The picture, encoded, or where it is; None where there is none."""
-    truth: bytes | Path | None = None
+    truth: bytes | files.File | None = None
     """The right answer, where somebody made it."""
     caption: str | None = None
     edited_caption: str | None = None

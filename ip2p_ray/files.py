@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol, TextIO, overload
+from typing import IO, Any, Literal, Protocol, TextIO, overload, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,6 +61,20 @@ class File(Protocol):
         ...
 
 
+@runtime_checkable
+class Remote(File, Protocol):
+    """A file that is no path, such as an object of a bucket."""
+
+    @property
+    def place(self) -> str:
+        """Where it lies, from the folder on that was asked for."""
+        ...
+
+    def beside(self, name: str, /) -> File:
+        """The file of that name, or at that path, in the same folder."""
+        ...
+
+
 @overload
 def files_of(paths: Iterable[Path]) -> list[Path]: ...
 @overload
@@ -97,6 +111,20 @@ def is_data(parts: Sequence[str]) -> bool:
     return not any(part[0] in "._" for part in parts) and _kind(parts[-1]) in KINDS
 
 
+def beside(path: File, name: str) -> File:
+    """The file of that name, or at that path, in the same folder."""
+    if isinstance(path, Path):
+        return path.parent / name
+    assert isinstance(path, Remote)
+    return path.beside(name)
+
+
+def read(path: File) -> bytes:
+    """All bytes of a file."""
+    with path.open("rb") as file:
+        return file.read()
+
+
 def size(path: File) -> int:
     """Bytes of a file."""
     with _told(path), path.open("rb") as file:
@@ -110,7 +138,7 @@ def columns(path: File) -> list[str]:
         DatasetError: the file cannot be read.
     """
     if _suffix(path) == ".parquet":
-        with _told(path), _parquet(path, ()) as file:
+        with _told(path), open_parquet(path, ()) as file:
             return list(file.schema_arrow.names)
     if _suffix(path) in _TABLES:
         with _told(path), _opened(path) as file:
@@ -153,7 +181,7 @@ def read_numbered(
 
 def _read_parquet(path: File, names: Sequence[str], rows: int) -> Iterator[Numbered]:
     count = 0
-    with _parquet(path, names) as file:
+    with open_parquet(path, names) as file:
         for batch in file.iter_batches(rows, columns=list(names), use_threads=False):
             yield from enumerate(batch.to_pylist(), start=count + 1)
             count += len(batch)
@@ -226,10 +254,10 @@ KINDS = (".parquet", *_LINES)
 
 
 @contextmanager
-def _parquet(path: File, names: Sequence[str]) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: File, names: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:
     """A Parquet file, of which a row group is not read whole before its first batch comes out.
 
-    The columns `names` are plain.
+    All its columns, or those `names`, are plain.
     """
     if isinstance(path, Path):
         with parquet.opened(path, names=names, pre_buffer=False, buffer_size=1 << 20) as file:

@@ -7,7 +7,7 @@ fast and in how much memory they are made.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -103,9 +103,17 @@ class Batch(NamedTuple):
 class Generator:
     """A model held as it is told, which makes any number of candidates in batches."""
 
-    def __init__(self, model: StableDiffusion, holding: Holding) -> None:
+    def __init__(
+        self,
+        model: StableDiffusion,
+        holding: Holding,
+        *,
+        filled: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """`filled` is told, of each batch, how many rows it has and how many it can have."""
         self._model = model
         self._holding = holding
+        self._filled = filled
         self._batch_size = holding.batch_size
         if holding.channels_last:
             for part in (model.unet, model.vae):
@@ -146,6 +154,8 @@ class Generator:
             if too_large is not None:  # out of the block, which holds on to the tensors
                 self._halve(self._batch_size if self._holding.compile else len(part), too_large)
                 continue
+            if self._filled is not None:
+                self._filled(len(part), self._batch_size)
             yield Batch(part, source, edited, time.monotonic() - began)
             done += len(part)
 
@@ -182,6 +192,7 @@ class Generator:
                     batch_size=tried,
                     decode_batch=self._holding.decode_batch,
                     shown_below=shown_below,
+                    filled=self._filled,
                 ):
                     del left[found.triplet["triplet_key"]]
                     yield found

@@ -24,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ip2p_ray import files, parquet
+from ip2p_ray import files
 from ip2p_ray.errors import DatasetError
 from ip2p_ray.triplets.published import (
     CAPTION_COLUMNS,
@@ -60,9 +60,9 @@ class Given:
 
     place: str
     """Where it is: file and row or line, or folder and seed."""
-    source: bytes | Path | None
+    source: bytes | files.File | None
     """The picture before the edit, encoded; None where there is none."""
-    edited: bytes | Path | None
+    edited: bytes | files.File | None
     """The picture after the edit."""
     instruction: Any
     caption: Any = None
@@ -109,7 +109,7 @@ class PairColumns:
 
 @dataclass(frozen=True)
 class _Table:
-    path: Path
+    path: files.File
     name: str
 
     def __iter__(self) -> Iterator[Given]:
@@ -129,8 +129,8 @@ class _Table:
             group = row.get(own.group or "")
             yield Given(
                 place=place,
-                source=_picture(row.get(own.source), self.path.parent),
-                edited=_picture(row.get(own.edited), self.path.parent),
+                source=_picture(row.get(own.source), self.path),
+                edited=_picture(row.get(own.edited), self.path),
                 instruction=row.get(own.instruction),
                 caption=row.get(own.caption or ""),
                 edited_caption=row.get(own.edited_caption or ""),
@@ -139,7 +139,7 @@ class _Table:
 
     def inputs(self) -> list[list[Any]]:
         _columns(self.path)
-        return [[self.name, self.path.stat().st_size]]
+        return [[self.name, files.size(self.path)]]
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,8 @@ class _Prompts:
 class PairFiles:
     """The rows of files and folders, in their order; can be iterated again and again."""
 
-    paths: tuple[Path, ...]
-    """Tables, folders of them, or roots of the reference's layout."""
+    paths: tuple[files.File, ...]
+    """Tables, and local folders of them or roots of the reference's layout."""
 
     def __iter__(self) -> Iterator[Given]:
         for source in self._sources():
@@ -203,19 +203,26 @@ class PairFiles:
 
     def _sources(self) -> Iterator[_Table | _Prompts]:
         for path in self.paths:
-            if path.is_dir() and _is_prompts(path):
+            if isinstance(path, Path) and path.is_dir() and _is_prompts(path):
                 yield _Prompts(path)
                 continue
-            above = path.parent
             found = [part for part in files.files_of([path]) if _kind(part) in KINDS]
             if not found:
                 raise DatasetError(
                     f"{path} holds no table ({', '.join(KINDS)}) and no folders with prompt.json"
                 )
-            yield from (_Table(part, part.relative_to(above).as_posix()) for part in found)
+            yield from (_Table(part, _place(part, path)) for part in found)
 
 
-def _columns(path: Path) -> PairColumns:
+def _place(part: files.File, path: files.File) -> str:
+    """Where a table lies, from the folder on that was asked for."""
+    if isinstance(part, Path) and isinstance(path, Path):
+        return part.relative_to(path.parent).as_posix()
+    assert isinstance(part, files.Remote)
+    return part.place
+
+
+def _columns(path: files.File) -> PairColumns:
     """The columns of a table of pairs.
 
     Raises:
@@ -230,7 +237,8 @@ def _columns(path: Path) -> PairColumns:
             f"{', '.join(EDITED_COLUMNS)}"
         )
     if _kind(path) == ".parquet":
-        schema = parquet.read_schema(path, names=())
+        with files.open_parquet(path, ()) as file:
+            schema = file.schema_arrow
         for name in (names.source, names.edited):
             if not _is_picture(schema.field(name).type):
                 raise DatasetError(
@@ -247,11 +255,11 @@ def _is_picture(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (*tests, pa.types.is_large_string))
 
 
-def _picture(value: Any, folder: Path) -> bytes | Path | None:
+def _picture(value: Any, table: files.File) -> bytes | files.File | None:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.strip():
-        return folder / value.strip()
+        return files.beside(table, value.strip())
     return value if isinstance(value, bytes) and value else None
 
 
@@ -321,5 +329,5 @@ def _metadata(path: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _kind(path: Path) -> str:
+def _kind(path: files.File) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix

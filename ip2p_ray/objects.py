@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import io
 import os
+import posixpath
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -183,9 +184,12 @@ def remove(uris: Iterable[str]) -> None:
 
 
 def remove_below(uri: str) -> None:
-    """Deletes all objects below a URI."""
-    base = uri.rstrip("/")
-    remove(f"{base}/{found.name}" for found in listing(uri))
+    """Deletes all objects below a URI, and those that consoles and Arrow make for folders."""
+    bucket, key = split(uri)
+    with _told(uri):
+        pages = _s3().get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
+            _delete(bucket, [item["Key"] for item in page.get("Contents", ())])
 
 
 def listing(uri: str) -> Iterator[Found]:
@@ -201,16 +205,45 @@ def listing(uri: str) -> Iterator[Found]:
                     yield Found(name, int(item["Size"]), str(item["ETag"]))
 
 
+def abort_uploads(uri: str) -> int:
+    """How many uploads by parts below a URI were begun and not ended; from here on there are none.
+
+    A process that was killed leaves them: no one sees them, but they are stored and paid for.
+
+    Raises:
+        StorageError: object storage refuses, or cannot be reached.
+    """
+    bucket, key = split(uri)
+    count = 0
+    with _told(uri):
+        pages = _s3().get_paginator("list_multipart_uploads")
+        for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
+            for begun in page.get("Uploads", ()):
+                _s3().abort_multipart_upload(
+                    Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"]
+                )
+                count += 1
+    return count
+
+
 class ObjectFile:
     """An object as a file that can be opened for reading, again and again."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, place: str | None = None) -> None:
         self._uri = uri
         self.name = uri.rpartition("/")[2]
         """The last part of its key."""
+        self.place = place or self.name
+        """Where it lies, from the folder on that was asked for."""
 
     def __str__(self) -> str:
         return self._uri
+
+    def beside(self, name: str) -> ObjectFile:
+        """The file of that name, or at that path, in the same folder."""
+        bucket, key = split(self._uri)
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(key), name.lstrip("/")))
+        return ObjectFile(f"{SCHEME}{bucket}/{path}")
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """A stream that reads by parts and can seek.
@@ -282,9 +315,15 @@ def _item(uri: str) -> dict[str, Any] | None:
 
 def _remove(uris: list[str]) -> None:
     bucket, _ = split(uris[0])
-    keys = [{"Key": split(uri)[1]} for uri in uris]
     with _told(uris[0]):
-        answer = _s3().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+        _delete(bucket, [split(uri)[1] for uri in uris])
+
+
+def _delete(bucket: str, keys: Sequence[str]) -> None:
+    if not keys:
+        return
+    named = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+    answer = _s3().delete_objects(Bucket=bucket, Delete=named)
     for failed in answer.get("Errors", ())[:1]:
         raise StorageError(
             f"{SCHEME}{bucket}/{failed['Key']} cannot be deleted: {failed.get('Message')}"
@@ -334,8 +373,26 @@ def _arrow(settings: tuple[tuple[str, str], ...], bucket: str) -> pyarrow.fs.S3F
             # Arrow does not follow a bucket into its region.
             found = client.head_bucket(Bucket=bucket)
             options["region"] = found.get("BucketRegion") or client.meta.region_name
+    # What is small is one request then, of which a kill leaves nothing.
+    options |= {"connect_timeout": 10, "allow_delayed_open": True}
+    return _retrying(attempts, options)
+
+
+class _Retrying(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
+    """Arrow's, which on its way to another process would forget how often it is to try."""
+
+    attempts: int
+
+    def __reduce__(self) -> Any:
+        _, (options,) = super().__reduce__()
+        return _retrying, (self.attempts, options)
+
+
+def _retrying(attempts: int, options: dict[str, Any]) -> _Retrying:
     retry = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=attempts)
-    return pyarrow.fs.S3FileSystem(retry_strategy=retry, connect_timeout=10, **options)
+    system = _Retrying(retry_strategy=retry, **options)
+    system.attempts = attempts
+    return system
 
 
 def _endpoint_told(settings: dict[str, str]) -> bool:

@@ -9,16 +9,17 @@ may be missing. Keys come from the pictures' pixels, not from their files.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
 from ip2p_ray.captions import one_line
-from ip2p_ray.errors import ConfigError, ImageError, LargeImageError
+from ip2p_ray.errors import ConfigError, DatasetError, ImageError, LargeImageError
+from ip2p_ray.files import File
 from ip2p_ray.images import decode_image, decode_stored, encode_png, fit_image
 from ip2p_ray.layouts import Given
 from ip2p_ray.schema import (
@@ -126,7 +127,7 @@ def check(given: Given, config: OwnPairsConfig) -> tuple[dict[str, Any], Picture
 
 
 def stored_picture(
-    picture: bytes | Path | None, *, digest: str, config: OwnPairsConfig
+    picture: bytes | File | None, *, digest: str, config: OwnPairsConfig
 ) -> dict[str, Any]:
     """The picture of a row that was checked, as `schema.IMAGE`: unchanged where it may be.
 
@@ -196,14 +197,18 @@ class _Missing(Exception):  # noqa: N818 - never leaves this module
     """There is no picture."""
 
 
-def _bytes(picture: bytes | Path | None) -> bytes:
+def _bytes(picture: bytes | File | None) -> bytes:
     if picture is None:
         raise _Missing("there is none")
     if isinstance(picture, bytes):
         return picture
     try:
-        size = picture.stat().st_size
-        data = picture.read_bytes() if size <= MAX_BYTES else b""
+        with picture.open("rb") as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            data = file.read() if size <= MAX_BYTES else b""
+    except DatasetError as error:  # there is no such object
+        raise _Missing(str(error)) from error
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise _Missing(f"{picture} cannot be read: {error}") from error
     if size > MAX_BYTES:

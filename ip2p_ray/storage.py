@@ -15,9 +15,11 @@ the rename is here.
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,14 @@ import pyarrow.parquet as pq
 
 from ip2p_ray import __version__, files, objects, parquet
 from ip2p_ray.atomic import atomic_file, remove_folder, remove_leftovers
-from ip2p_ray.errors import ConfigError, DatasetError
+from ip2p_ray.errors import ConfigError, DatasetError, StorageError
 from ip2p_ray.schema import SCHEMA_VERSION
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "_manifest.json"
+
+_AT_A_TIME = 16  # footers that are read from a bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +153,31 @@ def remove(uri: str | Path) -> None:
         local_path(uri).unlink(missing_ok=True)
 
 
+def remove_shards(uri: str | Path) -> None:
+    """Deletes the Parquet files of a dataset, if there are any."""
+    if objects.is_object(uri):
+        objects.remove(list_shards(uri))
+        return
+    for shard in list_shards(uri):
+        remove(shard)
+
+
+def abort_uploads(uri: str | Path) -> None:
+    """Forgets what killed processes were uploading below the URI; nobody else writes there now.
+
+    Where that is not allowed they stay, unseen, until a rule of the bucket removes them.
+    """
+    if not objects.is_object(uri):
+        return
+    try:
+        count = objects.abort_uploads(str(uri))
+    except StorageError as error:
+        logger.debug("uploads of killed processes stay: %s", error)
+        return
+    if count:
+        logger.info("%s: %d uploads of a stopped process were cleared away", uri, count)
+
+
 def remove_all(uri: str | Path) -> None:
     """Deletes a folder, or all objects below the URI, if there are any.
 
@@ -192,6 +223,19 @@ def opened(uri: str | Path) -> Any:
     return objects.opened(str(uri)) if objects.is_object(uri) else local_path(uri)
 
 
+@contextmanager
+def open_parquet(uri: str | Path) -> Iterator[pq.ParquetFile]:
+    """A shard that is read by parts, of which few are in memory."""
+    place = objects.ObjectFile(str(uri)) if objects.is_object(uri) else local_path(uri)
+    with files.open_parquet(place) as file:
+        yield file
+
+
+def read_table(uri: str | Path, **options: Any) -> pa.Table:
+    """A shard as `ip2p_ray.parquet` reads it."""
+    return parquet.read_table(opened(uri), uri, **options)
+
+
 def arrow_place(uri: str | Path) -> tuple[Any, str]:
     """Arrow's file system for a URI, None for local ones, and the path in it."""
     if objects.is_object(uri):
@@ -215,7 +259,8 @@ def files_at(uri: str | Path) -> list[files.File]:
     names = [found.name for found in objects.listing(place) if files.is_data(found.name.split("/"))]
     if not names:
         raise DatasetError(f"there is no {uri}, and no {', '.join(files.KINDS)} below it")
-    return [objects.ObjectFile(join(place, name)) for name in names]
+    above = place.rstrip("/").rpartition("/")[2]
+    return [objects.ObjectFile(join(place, name), f"{above}/{name}") for name in names]
 
 
 def write_shard(uri: str | Path, name: str, table: pa.Table) -> None:
@@ -241,9 +286,11 @@ def write_manifest(uri: str | Path, manifest: Manifest) -> Manifest:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
     sizes = _shard_sizes(uri)
+    names = sorted(sizes)
+    counts = row_counts([join(uri, name) for name in names])
     shards = [
-        Shard(name=name, rows=count_rows(join(uri, name)), bytes=sizes[name])
-        for name in sorted(sizes)
+        Shard(name=name, rows=rows, bytes=sizes[name])
+        for name, rows in zip(names, counts, strict=True)
     ]
     values = {**vars(manifest), "shards": shards}
     whole = Manifest(**values)
@@ -335,11 +382,32 @@ def count_rows(shard: str | Path) -> int:
         raise DatasetError(f"shard {shard} is no whole Parquet file: {error}") from error
 
 
+def row_counts(shards: Iterable[str | Path]) -> list[int]:
+    """The rows of each shard, from their footers; some of a bucket are asked for at a time.
+
+    Raises:
+        DatasetError: one is no whole Parquet file.
+    """
+    shards = list(shards)
+    if not any(map(objects.is_object, shards)):
+        return [count_rows(shard) for shard in shards]
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        return list(pool.map(count_rows, shards))
+
+
 def any_there(uri: str | Path) -> bool:
     """Whether anything lies at or below the URI."""
     if objects.is_object(uri):
         return next(objects.listing(str(uri)), None) is not None
     return local_path(uri).is_dir()
+
+
+def names(uri: str | Path) -> Iterator[str]:
+    """Of what lies in a folder, in their order; of a folder in a bucket again with each object."""
+    if objects.is_object(uri):
+        yield from (found.name.partition("/")[0] for found in objects.listing(str(uri)))
+    elif local_path(uri).is_dir():
+        yield from sorted(path.name for path in local_path(uri).iterdir())
 
 
 def _shard_sizes(uri: str | Path) -> dict[str, int]:

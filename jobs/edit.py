@@ -1,8 +1,11 @@
 """Edit one picture, or a folder of them, as a sentence tells it; no Ray.
 
-python jobs/edit.py --image boat.png --instruction "make it night"
-python jobs/edit.py --image boat.png --instruction "make it night" --model runs/quickstart/editor
-python jobs/edit.py --image boats/ --instruction "make it night" --server http://127.0.0.1:8000
+    python jobs/edit.py --image boat.png --instruction "make it night"
+    python jobs/edit.py --image boat.png --instruction "make it night" \
+        --model runs/quickstart/editor
+    python jobs/edit.py --image boats/ --instruction "make it night" --server http://127.0.0.1:8000
+    ray job submit --working-dir . -- python jobs/edit.py --image /shared/boats \
+        --instruction "make it night" --out /shared/night
 
 Of a folder every picture is edited; the same command goes on where a stopped one ended.
 """

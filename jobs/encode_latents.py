@@ -6,12 +6,15 @@
     ray job submit --working-dir . -- python jobs/encode_latents.py --preset paper \
         --pairs /shared/run/pairs --out /shared/run --gpus 1 --actors 2 --most-actors 16 \
         --batch-size 32
+    ray job submit --working-dir . -- python jobs/encode_latents.py --preset paper \
+        --pairs s3://bucket/run/pairs --out s3://bucket/run --gpus 1 --actors 2 --batch-size 32
 
 <out>/latents comes out, for jobs/train_editor.py --latents. Pairs are those of
 jobs/generate_pairs.py or jobs/filter_pairs.py, own ones among them. First sizes, disk and time are
 told, measured on a batch; --dry-run stops there. Whenever it is stopped, the same command goes on,
-with other workers if need be. The status is 0 when all is made, 1 for a failure and 2 for a wrong
-flag.
+with other workers if need be. s3:// takes endpoint, region and credentials as in
+jobs/collect_captions.py, on every node. The status is 0 when all is made, 1 for a failure and 2 for
+a wrong flag.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import loading, require_place
+from ip2p_ray.command import custom_resources, loading, require_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,8 @@ class EncodeLatents:
 
     pairs: str
     """Dataset of pairs, a folder or s3://bucket/folder."""
-    out: Path = Path("runs/latents")
-    """Folder in which latents/ is made; all nodes have to reach it."""
+    out: str = "runs/latents"
+    """Folder in which latents/ is made; all nodes have to reach it, here or s3://."""
     preset: Literal["miniature", "fast", "paper"] = "miniature"
     """Whose model encodes."""
     model: str | None = None
@@ -59,6 +62,8 @@ class EncodeLatents:
     """GPUs of each of them; 0 encodes on the CPU."""
     cpus: float = 0.5
     """Logical CPUs of each of them."""
+    actor_resources: tuple[str, ...] = ()
+    """Custom resources of each of them, such as encoder=1: they stay on nodes that have some."""
     batch_size: int = 16
     """Pairs at a time of each of them."""
 
@@ -73,7 +78,9 @@ class EncodeLatents:
             raise ValueError("--gpus and --cpus are not negative")
         if self.dtype == "float16" and not self.gpus:
             raise ValueError("--dtype float16 is for GPUs; on a CPU take float32 or bfloat16")
-        require_place("--out", self.out, folder=True)
+        custom_resources("--actor-resources", self.actor_resources)
+        require_uri("--pairs", self.pairs)
+        require_uri("--out", self.out, written=True)
 
 
 def main(job: EncodeLatents) -> int:
@@ -87,7 +94,8 @@ def _encode(job: EncodeLatents) -> None:
     from ip2p_ray import presets, storage
     from ip2p_ray.stages import latents, run
 
-    out, pairs = job.out.absolute(), storage.absolute(job.pairs)
+    out, pairs = storage.absolute(job.out), storage.absolute(job.pairs)
+    uri = storage.join(out, "latents")
     resolution = job.resolution or (None if job.preset == "miniature" else 256)
     asked: dict[str, Any] = {
         "generator": job.model or presets.by_name(job.preset).generator,
@@ -100,11 +108,12 @@ def _encode(job: EncodeLatents) -> None:
             gpus=job.gpus,
             cpus=job.cpus,
             batch_size=job.batch_size,
+            custom=custom_resources("--actor-resources", job.actor_resources),
         ),
     }
     storage.require_manifest(pairs)
     with run.locked(out), run.local_ray(workers=job.actors, actors=[asked["resources"]]):
-        if job.dry_run or not (out / "latents").exists():
+        if job.dry_run or not storage.any_there(uri):
             plan = latents.plan_of(pairs, out, **asked)
             for line in plan.lines():
                 print(line, flush=True)
@@ -112,8 +121,8 @@ def _encode(job: EncodeLatents) -> None:
         if job.dry_run:
             return
         models = {"generator": latents.fingerprint_of(asked["generator"])}
-        made = latents.encode_latents(pairs, str(out / "latents"), models=models, **asked)
-    print(f"encode_latents: {job.out / 'latents'} has {made.rows:,} pairs")
+        made = latents.encode_latents(pairs, uri, models=models, **asked)
+    print(f"encode_latents: {storage.join(job.out, 'latents')} has {made.rows:,} pairs")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import loading, require_uri
+from ip2p_ray.command import custom_resources, loading, require_uri
 
 DRAWN_TASKS = 256
 TEXT_GUIDANCE_SCALE = 7.5
@@ -97,6 +97,8 @@ class EvaluateEditor:
     """GPUs of each of them; 0 computes on the CPU."""
     cpus: float = 0.5
     """Logical CPUs of each of them."""
+    actor_resources: tuple[str, ...] = ()
+    """Custom resources of each of them, such as editor=1: they stay on nodes that have some."""
     batch_size: int = 8
     """Pictures at a time of each of them."""
     tasks_at_a_time: int = 4
@@ -134,6 +136,7 @@ class EvaluateEditor:
             )
         if self.turns == "multi" and self.data == "miniature":
             raise ValueError("--turns multi needs --data with turns, as MagicBrush's")
+        custom_resources("--actor-resources", self.actor_resources)
         for flag, place in self.places:
             require_uri(flag, place)
         require_uri("--out", self.out, written=True)
@@ -216,7 +219,13 @@ def _settings(job: EvaluateEditor) -> tuple[Any, Any]:
     names = told_apart(editors)
     if job.editor is None:
         names[0] = "shipped editor"
-    held = Resources(actors=job.actors, gpus=job.gpus, cpus=job.cpus, batch_size=job.batch_size)
+    held = Resources(
+        actors=job.actors,
+        gpus=job.gpus,
+        cpus=job.cpus,
+        batch_size=job.batch_size,
+        custom=custom_resources("--actor-resources", job.actor_resources),
+    )
     contest = Contest(
         editors=dict(zip(names, editors, strict=True)),
         generator=GeneratorWeights(

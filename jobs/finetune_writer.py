@@ -21,7 +21,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import is_web_address, require_uri
+from ip2p_ray.command import custom_resources, is_web_address, require_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,8 @@ class FinetuneWriter:
     """Of --backend local: processes that train together."""
     gpus: float = 0.0
     """Of --backend local: GPUs of each of them."""
+    worker_resources: tuple[str, ...] = ()
+    """Of --backend local: custom resources of each of them, such as trainer=1."""
 
     def __post_init__(self) -> None:
         if self.backend == "openai" and not self.model:
@@ -89,6 +91,7 @@ class FinetuneWriter:
             raise ValueError("--learning-rate and --poll are above 0, --gpus is at least 0")
         if not 0 < self.held_out < 1:
             raise ValueError("--held-out lies in (0, 1)")
+        custom_resources("--worker-resources", self.worker_resources)
 
 
 def main(job: FinetuneWriter) -> int:
@@ -153,7 +156,13 @@ def _here(job: FinetuneWriter, examples: list) -> object:
         learning_rate=job.learning_rate,
         seed=job.seed,
     )
-    with local_ray(workers=job.workers):
+    resources = Resources(
+        actors=job.workers,
+        cpus=1.0,
+        gpus=job.gpus,
+        custom=custom_resources("--worker-resources", job.worker_resources),
+    )
+    with local_ray(workers=job.workers, actors=[resources]):
         return finetune_here(
             examples,
             storage.absolute(job.out),
@@ -161,7 +170,7 @@ def _here(job: FinetuneWriter, examples: list) -> object:
             writer=writer,
             fingerprint=presets.folder_fingerprint(here),
             held_out=job.held_out,
-            resources=Resources(actors=job.workers, cpus=1.0, gpus=job.gpus),
+            resources=resources,
         )
 
 

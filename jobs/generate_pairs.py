@@ -6,11 +6,15 @@
     ray job submit --working-dir . -- python jobs/generate_pairs.py --preset fast \
         --triplets /shared/run/triplets --out /shared/run --dtype bfloat16 --channels-last \
         --gpus 1 --actors 2 --most-actors 16 --batch-size 16
+    ray job submit --working-dir . -- python jobs/generate_pairs.py --preset fast \
+        --triplets s3://bucket/run/triplets --out s3://bucket/run --dtype bfloat16 \
+        --gpus 1 --actors 2 --most-actors 16 --batch-size 16
 
 <out>/pairs comes out, with candidates, scores and rejects beside it and the page <out>/pairs.html.
 First a batch is measured and what the rest will take is told; --dry-run stops there. Whenever it is
-stopped, the same command goes on, with other workers if need be. The status is 0 when all is
-made, 1 for a failure and 2 for a wrong flag.
+stopped, the same command goes on, with other workers if need be. s3:// takes endpoint, region and
+credentials as in jobs/collect_captions.py, on every node. The status is 0 when all is made, 1 for a
+failure and 2 for a wrong flag.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import loading, require_place
+from ip2p_ray.command import custom_resources, loading, require_uri
 
 OF_THE_PAIRS = (
     *("resolution", "steps", "sampler", "candidates", "self_replace", "guidance_scale"),
@@ -42,9 +46,10 @@ class GeneratePairs:
     """A dataset of triplets in, a dataset of pairs out."""
 
     triplets: str
-    """Dataset of triplets, as jobs/write_triplets.py or jobs/collect_captions.py makes it."""
-    out: Path = Path("runs/pairs")
-    """Folder for the datasets; all nodes have to reach it."""
+    """Dataset of triplets, as jobs/write_triplets.py or jobs/collect_captions.py makes it; here or
+    s3://."""
+    out: str = "runs/pairs"
+    """Folder for the datasets; all nodes have to reach it, here or s3://."""
     preset: Literal["miniature", "fast", "paper"] = "miniature"
     """Models and settings; every flag below takes the place of one of them."""
     dry_run: bool = False
@@ -105,6 +110,9 @@ class GeneratePairs:
     """Further processes that generate without a GPU, beside those with one."""
     cpu_actor_cpus: float = 4.0
     """Logical CPUs of each of those."""
+    actor_resources: tuple[str, ...] = ()
+    """Custom resources of each process that generates, such as generator=1: it stays on nodes that
+    have them."""
     judge_actors: int | None = None
     """Processes that judge; 0 judges in the processes that generate, so that pictures of rejects go
     nowhere. By default 0 where an option below wants it, or a triplet's pictures are too large to
@@ -115,6 +123,8 @@ class GeneratePairs:
     """Logical CPUs of each of them."""
     judge_gpus: float = 0.0
     """GPUs of each of them, a fraction where they share one."""
+    judge_resources: tuple[str, ...] = ()
+    """Custom resources of each of them, such as clip=1."""
     judge_batch: int = 32
     """Candidates that each of them judges at a time."""
     stop_early: float | None = None
@@ -155,15 +165,17 @@ class GeneratePairs:
         if self.judge_actors and options:
             flag = f"--{options[0].replace('_', '-')}"
             raise ValueError(f"{flag} needs --judge-actors 0: what is spared, the judge decides")
-        if self.judge_actors == 0 and (self.judge_gpus or self.most_judges or self.compile):
+        of_judges = self.judge_gpus or self.most_judges or self.judge_resources
+        if self.judge_actors == 0 and (of_judges or self.compile):
             raise ValueError("--judge-actors 0 judges where pictures are made, and cannot compile")
         if min(self.gpus, self.judge_gpus, self.cpus, self.cpu_actor_cpus, self.judge_cpus) < 0:
             raise ValueError("GPUs and CPUs of processes are not negative")
+        custom_resources("--actor-resources", self.actor_resources)
+        custom_resources("--judge-resources", self.judge_resources)
         if not 0 <= self.max_reject_share <= 1:
             raise ValueError("--max-reject-share lies in [0, 1]")
-        if "://" in self.triplets and not self.triplets.startswith("file://"):
-            raise ValueError(f"--triplets {self.triplets}: only local datasets can be read")
-        require_place("--out", self.out, folder=True)
+        require_uri("--triplets", self.triplets)
+        require_uri("--out", self.out, written=True)
 
 
 def _at_least_1(name: str, value: int | None) -> None:
@@ -190,13 +202,12 @@ def _generate(job: GeneratePairs, config: Any, making: Any) -> None:
     from ip2p_ray.stages.forecast import fingerprints, forecast_of
     from ip2p_ray.stages.pairs import generate_pairs
 
-    out = job.out.absolute()
-    triplets = str(storage.local_path(job.triplets).absolute())
+    out, triplets = storage.absolute(job.out), storage.absolute(job.triplets)
     storage.require_manifest(triplets)
     resources = {"actors": making.actors, "store_bytes": making.store_bytes(config)}
     with run.locked(out), run.local_ray(workers=job.actors, **resources):
-        if job.dry_run or not (out / "candidates").exists():
-            queue = storage.join(str(out), ".plan")  # so that --limit binds no later run
+        if job.dry_run or not storage.any_there(storage.join(out, "candidates")):
+            queue = storage.join(out, ".plan")  # so that --limit binds no later run
             storage.remove_all(queue)
             plan = forecast_of(triplets, queue, config, making)
             storage.remove_all(queue)  # but its rejects stay where they end the run
@@ -205,8 +216,9 @@ def _generate(job: GeneratePairs, config: Any, making: Any) -> None:
         if job.dry_run:
             return
         models = fingerprints(making)
-        made = generate_pairs(triplets, str(out), config, making, models=models)
-    print(f"generate_pairs: {job.out / 'pairs'} has {made.rows:,} pairs; see {job.out}/pairs.html")
+        made = generate_pairs(triplets, out, config, making, models=models)
+    pairs, page = (storage.join(job.out, name) for name in ("pairs", "pairs.html"))
+    print(f"generate_pairs: {pairs} has {made.rows:,} pairs; see {page}")
 
 
 def _settings(job: GeneratePairs) -> tuple[Any, Any]:
@@ -231,7 +243,7 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
     options = SearchConfig(**_given({name: getattr(job, name) for name in OF_THE_SEARCH}))
     judge_actors = job.judge_actors
     if judge_actors is None:
-        wanted = job.compile or job.judge_gpus or job.most_judges
+        wanted = job.compile or job.judge_gpus or job.most_judges or job.judge_resources
         carried = triplet_bytes(config) <= BLOCK_BYTES
         judge_actors = 1 if wanted or (carried and options == SearchConfig()) else 0
     judges = Resources(
@@ -240,6 +252,7 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
         cpus=job.judge_cpus,
         gpus=job.judge_gpus,
         batch_size=job.judge_batch,
+        custom=custom_resources("--judge-resources", job.judge_resources),
     )
     making = Making(
         generator=GeneratorWeights(
@@ -260,6 +273,7 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
             cpus=job.cpus,
             cpu_actors=job.cpu_actors,
             cpu_actor_cpus=job.cpu_actor_cpus,
+            custom=custom_resources("--actor-resources", job.actor_resources),
         ),
         judges=judges if judge_actors else None,
         options=options,

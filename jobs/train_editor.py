@@ -43,7 +43,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import loading, require_uri
+from ip2p_ray.command import custom_resources, loading, require_uri
 
 OF_THE_RECIPE = (
     *("steps", "batch_size", "learning_rate", "warmup_steps", "decay", "weight_decay"),
@@ -120,6 +120,8 @@ class TrainEditor:
     """GPUs of each of them; 0 trains on the CPU."""
     cpus: float = 1.0
     """Logical CPUs of each of them."""
+    worker_resources: tuple[str, ...] = ()
+    """Custom resources of each of them, such as trainer=1: they stay on nodes that have some."""
     micro_batch: int = 32
     """Samples at a time of each of them, at most; they add up to the batch."""
     compile: bool = False
@@ -170,6 +172,7 @@ class TrainEditor:
                 require_uri(f"--{name}", getattr(self, name))
         if self.mirror is not None and not self.mirror.startswith("s3://"):
             raise ValueError(f"--mirror {self.mirror}: give s3://bucket/folder")
+        custom_resources("--worker-resources", self.worker_resources)
         if self.mirror is not None and self.out.startswith("s3://"):
             raise ValueError("--mirror is for an --out on a disk; s3://... has every checkpoint")
         if self.start is not None and "://" in self.start:
@@ -202,7 +205,11 @@ def _train(job: TrainEditor) -> None:
         require_peft()
     storage.require_manifest(source.uri)
     resources = run.Resources(
-        actors=job.workers, most_actors=job.most_workers, gpus=job.gpus, cpus=job.cpus
+        actors=job.workers,
+        most_actors=job.most_workers,
+        gpus=job.gpus,
+        cpus=job.cpus,
+        custom=custom_resources("--worker-resources", job.worker_resources),
     )
     out, start = storage.absolute(job.out), job.start or preset.generator
     # one process finds out what the workers need before they are there

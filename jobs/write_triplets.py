@@ -33,7 +33,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import is_web_address, require_place
+from ip2p_ray.command import custom_resources, is_web_address, require_place
 
 NOT_LOCAL = (
     "journal",
@@ -95,6 +95,8 @@ class WriteTriplets:
     """Processes that ask, or that hold the local model."""
     gpus: float = 0.0
     """GPUs of each actor of --writer local."""
+    actor_resources: tuple[str, ...] = ()
+    """Custom resources of each actor, such as writer=1: it stays on nodes that have some."""
     requests_per_minute: float | None = None
     """Of all actors together, retries included."""
     tokens_per_minute: float | None = None
@@ -158,6 +160,7 @@ class WriteTriplets:
             raise ValueError("--seed lies in [0, 2**63)")
         if not (0 <= self.held_out < 1 and 0 <= self.max_no_reply <= 1):
             raise ValueError("--held-out lies in [0, 1), --max-no-reply in [0, 1]")
+        custom_resources("--actor-resources", self.actor_resources)
 
 
 def main(job: WriteTriplets) -> int:
@@ -211,6 +214,7 @@ def _ask(job: WriteTriplets) -> None:
         actors=job.actors,
         concurrency=job.concurrency,
         max_no_reply=job.max_no_reply,
+        custom=custom_resources("--actor-resources", job.actor_resources),
     )
     examples = load_examples(job.examples) if job.form == "chat" and job.shots else []
     captions = storage.absolute(job.captions)
@@ -222,7 +226,8 @@ def _ask(job: WriteTriplets) -> None:
             require_place("--journal", storage.local_path(journal), folder=True)
         with replies.journal_held(journal, out):
             replies.check(captions, out, config, examples=examples, endpoint=asking.endpoint)
-            with run.ray_to_make(storage.join(out, "replies"), workers=job.actors):
+            held = run.Resources(actors=job.actors, custom=asking.custom)
+            with run.ray_to_make(storage.join(out, "replies"), workers=job.actors, actors=[held]):
                 made = ask_triplets(
                     captions,
                     out,
@@ -263,7 +268,18 @@ def _write(job: WriteTriplets) -> None:
         "judge": Clip.load(judge).fingerprint() if judge else "openai",
     }
     out = storage.absolute(job.out)
-    with run.locked(out), run.ray_to_make(storage.join(out, "replies"), workers=job.actors):
+    resources = run.Resources(
+        actors=job.actors,
+        batch_size=job.concurrency,
+        gpus=job.gpus,
+        cpus=0.5,
+        custom=custom_resources("--actor-resources", job.actor_resources),
+    )
+    replies_at = storage.join(out, "replies")
+    with (
+        run.locked(out),
+        run.ray_to_make(replies_at, workers=job.actors, actors=[resources]),
+    ):
         made = write_triplets(
             captions,
             out,
@@ -271,9 +287,7 @@ def _write(job: WriteTriplets) -> None:
             writer=writer,
             judge=judge,
             models=models,
-            resources=run.Resources(
-                actors=job.actors, batch_size=job.concurrency, gpus=job.gpus, cpus=0.5
-            ),
+            resources=resources,
             engine=engine,
         )
     _tell(job, made.rows)

@@ -20,6 +20,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
+from ip2p_ray import logs
 from ip2p_ray.copies import local_folder
 from ip2p_ray.editor import Editor
 from ip2p_ray.engine import EngineConfig
@@ -53,7 +54,7 @@ def log_to_stderr() -> None:
     ours.setLevel(logging.INFO)
     if not ours.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(logs.formatter("%(asctime)s %(levelname)s %(message)s"))
         ours.addHandler(handler)
 
 

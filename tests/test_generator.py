@@ -59,6 +59,15 @@ def test_the_same_batches_give_the_same_bytes_and_others_nearly(model):
         assert off(three, pictures(model, Holding(batch_size=size))[1]) <= 1
 
 
+def test_the_fill_of_each_batch_is_told(model):
+    told = []
+    generator = Generator(
+        model, Holding(batch_size=3), filled=lambda rows, places: told.append((rows, places))
+    )
+    assert len(list(generator.make(requests(5), CONFIG))) == 2
+    assert told == [(3, 3), (2, 3)]
+
+
 def test_in_bfloat16_other_batches_give_the_same_up_to_its_rounding(model, tmp_path):
     model.save(tmp_path / "sd")
     half = GeneratorWeights(source=str(tmp_path / "sd"), dtype="bfloat16").load()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,7 @@ def search(
     batch_size: int,
     decode_batch: int | None = None,
     shown_below: str = "",
+    filled: Callable[[int, int], object] | None = None,
 ) -> Iterator[Searched]:
     """Each triplet with its judged candidates, as soon as its search has ended.
 
@@ -36,9 +37,12 @@ def search(
     the candidates are those of `candidate_requests`, made by `generate_candidates`, judged by
     `Clip.similarities` and `filtering.select`. Seeds, noise and which candidates are begun do not
     depend on `batch_size` or the order of triplets, as far as scores do not: they do by rounding,
-    as in any batch, which counts for a score within rounding of where a rule decides.
+    as in any batch, which counts for a score within rounding of where a rule decides. `filled` is
+    told, of each batch, how many rows it has and how many it can have.
     """
     generator = PairGenerator(model, clip, config, options, decode_batch)
+    if filled is not None:
+        generator.filled = lambda rows: filled(rows, 2 * batch_size)
     yield from schedule(
         generator,
         triplets,
@@ -66,6 +70,8 @@ class PairGenerator:
         self._prune_step = options.prune_step(config.steps)
         self.unet_rows = 0
         """Rows that went through the UNet: two a step and row of latents."""
+        self.filled: Callable[[int], object] | None = None
+        """Told of the rows of latents of each batch."""
 
     def predict(
         self, groups: Sequence[Sequence[CandidateRequest]]
@@ -102,6 +108,8 @@ class PairGenerator:
         ]
 
     def _proceed(self, part: Candidates, stop: int | None) -> Candidates:
+        if self.filled is not None:
+            self.filled(len(part.generators))
         done = proceed(self._model, part, self._config, stop=stop)
         self.unet_rows += 2 * len(part.generators) * (done.step - part.step)
         return done

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ip2p_ray import storage
 from ip2p_ray.layouts import Given
@@ -67,7 +66,7 @@ def check_rows(
     """
     began = told = time.monotonic()
     there = storage.list_shards(uri)
-    done = sum(pq.read_metadata(storage.local_path(shard)).num_rows for shard in there)
+    done = sum(storage.row_counts(there))
     shards = TableShards(uri, "checked", CHECKED, rows=shard_rows, first=len(there))
     rows = itertools.islice(files, done, None)
     with ThreadPoolExecutor(run.usable_cores()) as pool:

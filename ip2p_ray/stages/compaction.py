@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import storage
 
 SHARD_BYTES = 128 << 20
 
@@ -41,7 +41,7 @@ def _in_order(shards: Sequence[str], key: str, schema: pa.Schema) -> Iterator[pa
     starts = sorted((start, shard) for shard in shards for start in _first_key(shard, key))
     open_rows = schema.empty_table()
     for place, (_, shard) in enumerate(starts):
-        read = parquet.read_table(shard, columns=schema.names).cast(schema)
+        read = storage.read_table(shard, columns=schema.names).cast(schema)
         open_rows = pa.concat_tables([open_rows, read]).sort_by(key)
         if place + 1 == len(starts):
             yield open_rows
@@ -53,5 +53,5 @@ def _in_order(shards: Sequence[str], key: str, schema: pa.Schema) -> Iterator[pa
 
 def _first_key(shard: str, key: str) -> list[str]:
     """The lowest key of a shard; none where it has no rows."""
-    keys = parquet.read_table(shard, columns=[key])[key]
+    keys = storage.read_table(shard, columns=[key])[key]
     return [pc.min(keys).as_py()] if len(keys) else []

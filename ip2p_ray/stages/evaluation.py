@@ -162,7 +162,9 @@ def evaluate_editor(
         plan.Step(
             callable=JudgeAnswers,
             arguments={"judge": judge},
-            resources=run.Resources(batch_size=resources.batch_size, cpus=resources.cpus),
+            resources=run.Resources(
+                batch_size=resources.batch_size, cpus=resources.cpus, custom=resources.custom
+            ),
         ),
     ]
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.report import Report
 from ip2p_ray.rules import Rules, nothing_kept, reject_row
@@ -76,10 +76,10 @@ def exploded(shard: str, *, images: bool = True, only: Sequence[str] | None = No
     triplet = [name for name in CANDIDATES.names if name != "candidates"]
     nested = [f"candidates.list.element.{name}" for name in names]
     if only is None:
-        with parquet.opened(storage.local_path(shard)) as file:
+        with storage.open_parquet(shard) as file:
             table = file.read(columns=[*triplet, *nested])
     else:
-        table = parquet.read_table(shard, filters=pc.field("triplet_key").isin(only))
+        table = storage.read_table(shard, filters=pc.field("triplet_key").isin(only))
     lists = table["candidates"].combine_chunks()
     flat = pc.list_flatten(lists)
     found = table.select(triplet).take(pc.list_parent_indices(lists))
@@ -144,5 +144,5 @@ def _counts(scores: str) -> Counter[str | None]:
     """Candidates by the reason why they were rejected; None for those that were kept."""
     counts = Counter[str | None]()
     for shard in plan.shards(scores):
-        counts.update(parquet.read_table(shard, columns=["reason"])["reason"].to_pylist())
+        counts.update(storage.read_table(shard, columns=["reason"])["reason"].to_pylist())
     return counts

@@ -38,9 +38,10 @@ _JUDGED = ("triplet_key", "pair_key", "index", *SIMILARITIES, "reason")
 def stored_rules(folder: str) -> Rules | None:
     """The rules that pairs and scores in the folder were made with, None if that is not known."""
     for name in ("scores", "pairs", "candidates"):
-        if not (storage.local_path(folder) / name / storage.MANIFEST).is_file():
+        uri = storage.join(folder, name)
+        if not storage.exists(storage.join(uri, storage.MANIFEST)):
             continue
-        rules = Rules.of(storage.read_manifest(storage.join(folder, name)).config)
+        rules = Rules.of(storage.read_manifest(uri).config)
         if rules is not None:
             return rules
     return None
@@ -209,7 +210,7 @@ class _Again:
 
     def _others(self) -> Iterator[pa.Table]:
         """Rejects that no threshold has to do with."""
-        if not (storage.local_path(self._rejects) / storage.MANIFEST).is_file():
+        if not storage.exists(storage.join(self._rejects, storage.MANIFEST)):
             return
         by_score = pa.array([*SIMILARITIES, NOT_BEST, NO_PICTURE])
         for table in read_tables(self._rejects, REJECTS, rows=_ROWS):

@@ -122,7 +122,6 @@ def _fit(told: _Told, resources: run.Resources) -> list[Report]:
     shutil.rmtree(scratch, ignore_errors=True)
     size = told.config.batch_size
     steps = -(-len(told.train) // size) * told.config.epochs
-    worker = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
     try:
         with plan.counted(Progress("fine-tuning", total=steps, unit="steps")) as tally:
             TorchTrainer(
@@ -131,7 +130,7 @@ def _fit(told: _Told, resources: run.Resources) -> list[Report]:
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=resources.actors,
                     use_gpu=resources.gpus > 0,
-                    resources_per_worker=worker,
+                    resources_per_worker=resources.of_worker,
                 ),
                 run_config=ray.train.RunConfig(name="writer", storage_path=str(scratch)),
                 torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import ray
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import storage
 from ip2p_ray.clip import Clip
 from ip2p_ray.copies import local_folder
 from ip2p_ray.generator import Generator, GeneratorWeights, Holding
@@ -194,7 +194,7 @@ def _judge_fingerprint(judge: str) -> str:
 def _requests(queue: str, config: PairConfig, count: int) -> list[CandidateRequest]:
     """So many requests, of the first triplets; the last are repeated where there are too few."""
     names = ["triplet_key", "caption", "edited_caption"]
-    with parquet.opened(storage.local_path(plan.shards(queue)[0])) as file:
+    with storage.open_parquet(plan.shards(queue)[0]) as file:
         rows = next(file.iter_batches(count, columns=names)).to_pylist()
     requests = [
         request
@@ -254,8 +254,8 @@ def _room(asked: run.Resources, beside: run.Resources | None = None) -> int:
     """Actors that the cluster has room for now, at least one; `beside` hold their share first."""
     have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     most = float(asked.most_actors or asked.actors)
-    taken = (0.0, 0.0) if beside is None else (beside.actors * beside.gpus, beside.all_cpus)
-    for held, name, gone in ((asked.gpus, "GPU", taken[0]), (asked.cpus, "CPU", taken[1])):
+    taken = {} if beside is None else {**beside.in_all, "CPU": beside.all_cpus}
+    for name, held in asked.of_worker.items():
         if held:
-            most = min(most, (have.get(name, 0.0) - gone) // held)
+            most = min(most, (have.get(name, 0.0) - taken.get(name, 0.0)) // held)
     return max(1, int(most))

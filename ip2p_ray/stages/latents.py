@@ -6,14 +6,13 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import storage
 from ip2p_ray.copies import local_folder
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, DatasetError, ImageError, StageError
@@ -170,8 +169,8 @@ class EncodingPlan:
     seconds: float
     """Of one actor for a pair."""
     actors: int
-    free_bytes: int
-    """Of the disk that the latents are to lie on."""
+    free_bytes: int | None
+    """Of the disk that the latents are to lie on; None in a bucket."""
     shape: tuple[int, ...]
     """(channel, height, width) of a latent."""
 
@@ -184,24 +183,32 @@ class EncodingPlan:
         """The plan, for people."""
         channels, height, width = self.shape
         seconds = self.pairs * self.seconds
+        free = "" if self.free_bytes is None else f" ({size(self.free_bytes)} are free)"
         return [
             f"plan: {self.pairs:,} pairs, both as they are and mirrored; latents of {channels} x "
             f"{height} x {width} in float16: {size(self.pair_bytes)} a pair, {size(self.bytes)} in "
-            f"all ({size(self.free_bytes)} are free)",
-            f"plan: training maps as much again, once, beside them: {size(2 * self.bytes)} of disk "
-            "together",
+            f"all{free}",
+            self._mapped(),
             f"plan: an actor takes {self.seconds:.3g} s for a pair: {duration(seconds)} of a "
             f"device, {duration(seconds / self.actors)} with {self.actors} of them, beside loading "
             "the model",
         ]
 
-    def require_room(self, folder: Path) -> None:
+    def _mapped(self) -> str:
+        if self.free_bytes is None:
+            return f"plan: training maps {size(self.bytes)}, once, on the disk of each of its nodes"
+        return (
+            f"plan: training maps as much again, once, beside them: {size(2 * self.bytes)} of disk "
+            "together"
+        )
+
+    def require_room(self, folder: str) -> None:
         """Returns if the latents fit on the disk.
 
         Raises:
             StageError: they do not; says the need and what there is.
         """
-        if self.bytes > self.free_bytes:
+        if self.free_bytes is not None and self.bytes > self.free_bytes:
             raise StageError(
                 f"latents: {size(self.bytes)} are needed in {folder}, {size(self.free_bytes)} are "
                 "free; give another --out, or a smaller --resolution"
@@ -209,7 +216,7 @@ class EncodingPlan:
 
 
 def plan_of(
-    pairs: str, folder: Path, *, generator: str, encoding: Encoding, resources: run.Resources
+    pairs: str, folder: str, *, generator: str, encoding: Encoding, resources: run.Resources
 ) -> EncodingPlan:
     """The plan of `encode_latents`, measured where an actor would run, on the first pairs.
 
@@ -221,22 +228,28 @@ def plan_of(
     _require_pairs(pairs)
     sources = _sources(pairs, encoding)
     shard = max(sources, key=storage.count_rows)  # a full batch, whose pictures may differ in size
-    with parquet.opened(storage.opened(shard), shard) as file:
+    with storage.open_parquet(shard) as file:
         first = pa.Table.from_batches([next(file.iter_batches(resources.batch_size))])
     seconds, row_bytes, shape = run.in_task(
         resources, _measure, generator, encoding, "cuda" if resources.gpus else "cpu", first
     )
-    above = folder.absolute()
-    while not above.exists():
-        above = above.parent
     return EncodingPlan(
         pairs=plan.count_rows(sources),
         pair_bytes=row_bytes,
         seconds=seconds,
         actors=resources.most_actors or resources.actors,
-        free_bytes=shutil.disk_usage(above).free,
+        free_bytes=_free_bytes(folder),
         shape=tuple(shape),
     )
+
+
+def _free_bytes(folder: str) -> int | None:
+    if not storage.is_local(folder):
+        return None
+    above = storage.local_path(folder).absolute()
+    while not above.exists():
+        above = above.parent
+    return shutil.disk_usage(above).free
 
 
 def fingerprint_of(model: str) -> str:

@@ -23,6 +23,7 @@ from ip2p_ray.rules import is_shown
 from ip2p_ray.schema import CANDIDATES, TRIPLETS
 from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.search.triplet import Searched
+from ip2p_ray.stages import metrics
 from ip2p_ray.stages.models import local_weights
 
 _TRANSPORT_LEVEL = 1  # PNG on its way to the judge; what is kept is packed closer
@@ -35,7 +36,9 @@ class GenerateCandidates:
         self, weights: GeneratorWeights, holding: Holding, config: PairConfig, recipe: str
     ) -> None:
         holding = held_here(holding)
-        self._generator = Generator(local_weights(weights).load(holding.device), holding)
+        self._generator = Generator(
+            local_weights(weights).load(holding.device), holding, filled=metrics.filled
+        )
         self._config, self._recipe = config, recipe
         self._encoders = ThreadPoolExecutor(2)  # beside the device, which makes the next batch
 
@@ -94,7 +97,9 @@ class SearchCandidates:
         shown_below: str = "",
     ) -> None:
         holding = held_here(holding)
-        self._generator = Generator(local_weights(weights).load(holding.device), holding)
+        self._generator = Generator(
+            local_weights(weights).load(holding.device), holding, filled=metrics.filled
+        )
         self._clip = Clip.load(local_folder(judge), holding.device)
         self._config, self._options, self._recipe = config, options, recipe
         self._shown_below = shown_below

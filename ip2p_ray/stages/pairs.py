@@ -12,12 +12,15 @@ so few blocks that the driver's memory does not grow with the number of triplets
 from __future__ import annotations
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.generator import GeneratorWeights, Holding
 from ip2p_ray.pairs import PairConfig
@@ -25,7 +28,7 @@ from ip2p_ray.report import Report
 from ip2p_ray.rules import Rules
 from ip2p_ray.schema import CANDIDATES
 from ip2p_ray.search.options import SearchConfig, search_recipe
-from ip2p_ray.stages import plan, run
+from ip2p_ray.stages import attempts, plan, run
 from ip2p_ray.stages.compaction import compact
 from ip2p_ray.stages.explosion import explode
 from ip2p_ray.stages.memory import memory_line
@@ -138,16 +141,29 @@ def generate_pairs(
     steps = _steps(
         config, making, name, queue.rows, actors or (GenerateCandidates, JudgeCandidates)
     )
-    candidates = storage.join(folder, "candidates")
+    candidates, parts = (
+        storage.join(folder, "candidates"),
+        plan.shards(storage.join(folder, "queue")),
+    )
 
     def generate() -> list[Report]:
-        parts = plan.shards(storage.join(folder, "queue"))
+        done, verdicts = 0, Counter[str | None]()
         for number, part in enumerate(parts):
+            attempts.count(done, queue.rows, "triplets", verdicts)
             name = f"candidates, part {number + 1} of {len(parts)}"
-            _make_part(part, candidates, replace(origin, dataset=name), number, steps)
+            whole = _make_part(part, candidates, replace(origin, dataset=name), number, steps)
+            done += whole.rows
+            verdicts += verdicts_of(whole)
+        attempts.count(done, queue.rows, "triplets", verdicts)
         return []
 
-    made = run.make(candidates, origin, generate, device_seconds=lambda: _parts_seconds(candidates))
+    def seconds() -> float:
+        manifests = (
+            storage.read_manifest(_part(candidates, number)) for number in range(len(parts))
+        )
+        return sum(manifest.device_seconds for manifest in manifests)
+
+    made = run.make(candidates, origin, generate, device_seconds=seconds)
     pairs = explode(folder, Rules(thresholds=config.thresholds, keep=config.keep), made)
     write_page(folder, config)
     return pairs
@@ -155,12 +171,13 @@ def generate_pairs(
 
 def _make_part(
     source: str, candidates: str, origin: run.Origin, number: int, steps: list[plan.Step]
-) -> None:
+) -> storage.Manifest:
     """The candidates of a part of the queue, in few shards in the order of the keys."""
-    part = storage.join(candidates, f"part-{number:05d}")
+    part = _part(candidates, number)
     blocks = storage.join(part, WORK, "blocks")
 
     def generate() -> list[Report]:
+        began = time.monotonic()
         peaks = plan.stream(
             [source],
             blocks,
@@ -171,31 +188,52 @@ def _make_part(
             unit="triplets",
             rows_per_block=steps[0].resources.batch_size,
             patient=True,
+            judged=JUDGED,
         )
         logger.info("%s: memory at most: %s", origin.dataset, memory_line(peaks))
         shards = storage.list_shards(blocks)
         compact(shards, part, name="candidates", key="triplet_key", schema=CANDIDATES)
-        return []
+        counts = JUDGED.of(storage.list_shards(part))
+        return [Report.count("candidates", counts.elements(), time.monotonic() - began)]
 
     of_part = replace(origin, sources={**origin.sources, "part": str(number)})
-    run.make(part, of_part, generate, device_seconds=lambda: _device_seconds(part))
+    whole = run.make(part, of_part, generate, device_seconds=lambda: _device_seconds(part))
     storage.remove_all(storage.join(part, WORK))
+    return whole
+
+
+def _verdicts(table: pa.Table) -> Counter[str | None]:
+    """Of the candidates in rows of CANDIDATES."""
+    lists = table["candidates"].combine_chunks()
+    reasons = pc.struct_field(pc.list_flatten(lists), "reason")
+    counts = pc.value_counts(reasons)
+    return Counter({each["values"].as_py(): each["counts"].as_py() for each in counts})
+
+
+JUDGED = plan.Judged(columns=["candidates.list.element.reason"], verdicts=_verdicts)
+"""Of rows of CANDIDATES."""
+
+
+def verdicts_of(part: storage.Manifest) -> Counter[str | None]:
+    """That the manifest of a part has; none in those of earlier versions."""
+    found = Counter[str | None]()
+    for report in part.reports:
+        found[None] += report["rows_out"]
+        found.update(report["rejected"])
+    return found
 
 
 def _device_seconds(part: str) -> float:
     """That the generators were busy with the candidates of a part."""
     sums = (
-        pc.sum(
-            parquet.read_table(storage.local_path(shard), columns=["seconds"])["seconds"]
-        ).as_py()
+        pc.sum(storage.read_table(shard, columns=["seconds"])["seconds"]).as_py()
         for shard in storage.list_shards(part)
     )
     return round(sum(seconds or 0.0 for seconds in sums), 3)
 
 
-def _parts_seconds(candidates: str) -> float:
-    folders = sorted(storage.local_path(candidates).glob(f"part-*/{storage.MANIFEST}"))
-    return sum(storage.read_manifest(str(manifest.parent)).device_seconds for manifest in folders)
+def _part(candidates: str, number: int) -> str:
+    return storage.join(candidates, f"part-{number:05d}")
 
 
 def triplet_bytes(config: PairConfig) -> int:
@@ -250,6 +288,7 @@ def _steps(
                 "shown_below": shown_below(triplets),
             },
             resources=replace(making.judges, batch_size=rows),
+            judges=True,
         ),
     ]
 
@@ -274,4 +313,5 @@ def _search_step(
             "shown_below": below,
         },
         resources=replace(making.generators, batch_size=rows),
+        judges=True,
     )

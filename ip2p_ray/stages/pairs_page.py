@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import storage
 from ip2p_ray.filtering import NOT_BEST
 from ip2p_ray.gallery import Bins, ShownCandidate, pairs_page
 from ip2p_ray.pairs import PairConfig
@@ -39,7 +39,7 @@ def shown_below(triplets: int) -> str:
 def write_page(folder: str, config: PairConfig) -> None:
     """The page `<folder>/pairs.html` of a finished stage; nothing if it is there."""
     place = storage.join(folder, "pairs.html")
-    if storage.local_path(place).exists():
+    if storage.exists(place):
         return
     below = shown_below(storage.read_manifest(storage.join(folder, "queue")).rows)
     scores = plan.shards(storage.join(folder, "scores"))
@@ -75,7 +75,8 @@ def _counted(scores: Iterable[str], config: PairConfig) -> tuple[dict[str, COUNT
     counts = {name: np.zeros((2, _FINE), np.int64) for name in SIMILARITIES}
     shares = np.zeros((2, _SHARES), np.int64)
     for shard in scores:
-        table = parquet.read_table(shard, columns=[*SIMILARITIES, "self_replace", "reason"])
+        columns = [*SIMILARITIES, "self_replace", "reason"]
+        table = storage.read_table(shard, columns=columns)
         kept = pc.is_null(table["reason"])
         for row, side in enumerate((table.filter(pc.invert(kept)), table.filter(kept))):
             for name in SIMILARITIES:
@@ -94,7 +95,7 @@ def _chosen(
     columns = pa.schema([*SCORES, ("margin", pa.float32())])
     best = borderline = rejected = columns.empty_table()
     for shard in scores:
-        table = parquet.read_table(shard, schema=SCORES)
+        table = storage.read_table(shard, schema=SCORES)
         margins = [
             pc.subtract(table[name], pa.scalar(least, pa.float32()))
             for name, least in config.thresholds.least().items()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,20 @@ import ray
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import logs, parquet, storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.places import Places
-from ip2p_ray.stages import run
+from ip2p_ray.stages import attempts, metrics, run
 from ip2p_ray.stages.memory import peak_memory
 from ip2p_ray.stages.progress import HEARTBEAT_S, Progress, shown
-from ip2p_ray.stages.watching import Known, Tally, watched
+from ip2p_ray.stages.watching import Known, Tally, Verdicts, watched
 
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 << 20
 TASK_CPUS = 0.25
+FILTER_CPUS = 1.0
+"""Of the actor in which Ray Data leaves out what an earlier run wrote; it cannot be told less."""
 
 _LAST_WORDS_S = 10.0
 
@@ -44,6 +48,26 @@ class Step:
     counts: bool = False
     """Whether it counts rows itself, finer than by blocks: its constructor gets a Tally, `tally`.
     At most one step of a plan does."""
+    judges: bool = False
+    """Whether what comes out of it is judged, as the plan's `Judged` can tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Where a table says what was judged."""
+
+    columns: Sequence[str]
+    """That are read of it, as Parquet names them."""
+    verdicts: Verdicts
+    """What these say."""
+
+    def of(self, shards: Iterable[str]) -> Counter[str | None]:
+        """The verdicts of all rows of the shards."""
+        found = Counter[str | None]()
+        for shard in shards:
+            with storage.open_parquet(shard) as file:
+                found.update(self.verdicts(file.read(columns=list(self.columns))))
+        return found
 
 
 def shards(uri: str, prefix: str = "") -> list[str]:
@@ -69,6 +93,7 @@ def stream(
     name: str | None = None,
     every_s: float = HEARTBEAT_S,
     patient: bool = False,
+    judged: Judged | None = None,
 ) -> dict[str, int]:
     """The rows of the shards `sources`, sent through the steps, as shards of the dataset at `uri`.
 
@@ -79,7 +104,8 @@ def stream(
     stopped: at most the blocks that were being worked on are made again, and no row is lost or
     written twice. The dataset is not whole before `make` writes its manifest. `name`, by default
     that of its folder, is what the progress is told of, every `every_s` seconds. A plan in which
-    nothing arrives for half an hour is ended by Ray, unless it is `patient`.
+    nothing arrives for half an hour is ended by Ray, unless it is `patient`. `judged` says what its
+    rows say of survival, for whoever looks at the run.
 
     Returns the most memory that was used, in bytes: of the driver, of Ray's object store, and of
     the largest actor of each step that is a class whose `__call__` is no coroutine.
@@ -92,7 +118,18 @@ def stream(
         storage.local_path(resume).mkdir(parents=True, exist_ok=True)
     blocks = -(-rows // rows_per_block)
     already = _noted(resume)
-    progress = Progress(name or Path(uri).name, total=rows, unit=unit, done=already)
+    dataset = logs.names().get("dataset", "")
+    progress = Progress(
+        name or Path(uri).name,
+        total=rows,
+        unit=unit,
+        done=already,
+        verdicts=judged.of(storage.list_shards(uri)) if judged and already else None,
+        more=partial(metrics.rows_made, dataset),
+    )
+    warning = cpus_lacking(steps, resumes=already > 0)
+    if warning is not None:
+        logger.warning("%s: %s", progress.stage, warning)
     context = _context(key, resume)
     if patient or any(isinstance(step, Step) and step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
@@ -109,7 +146,7 @@ def stream(
             num_cpus=TASK_CPUS,
         )
         for step in steps:
-            data = _sent(data, step, blocks, tally)
+            data = _sent(data, step, blocks, tally, judged)
         if not any(isinstance(step, Step) and step.counts for step in steps):
             data = data.map_batches(
                 _count,
@@ -127,10 +164,35 @@ def stream(
         )
         actors = _peaks(tally)
     _remove_duplicates(uri, key, rows)
+    progress.update(rows)  # the last to tell may not have been heard
     return {**peaks, **actors}
 
 
-def _sent(data: Any, step: Step | Callable[[Any], Any], blocks: int, tally: Any) -> Any:
+def cpus_lacking(
+    steps: Sequence[Step | Callable[[Any], Any]], *, resumes: bool = False
+) -> str | None:
+    """What a person should know if reading and writing find no CPU; Ray would wait without a word.
+
+    A plan that `resumes` has an actor more, which holds a whole CPU.
+    """
+    have = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+    held = sum(step.resources.all_cpus for step in steps if isinstance(step, Step))
+    held += FILTER_CPUS if resumes else 0.0
+    if held + TASK_CPUS <= have:
+        return None
+    return (
+        f"the actors hold {held:g} CPUs and reading and writing want {TASK_CPUS:g}, the cluster "
+        f"has {have:g}; it waits until that has grown"
+    )
+
+
+def _sent(
+    data: Any,
+    step: Step | Callable[[Any], Any],
+    blocks: int,
+    tally: Any,
+    judged: Judged | None,
+) -> Any:
     """The data of Ray Data, sent through a step."""
     if not isinstance(step, Step):
         return step(data)
@@ -138,8 +200,12 @@ def _sent(data: Any, step: Step | Callable[[Any], Any], blocks: int, tally: Any)
     arguments = {**step.arguments, **({"tally": tally} if step.counts else {})}
     actor = step.callable
     if step.blocks is None:
-        actor, arguments = watched(actor), {**arguments, "watching": tally}
+        verdicts = judged.verdicts if judged is not None and step.judges else None
+        actor = watched(actor, verdicts)
+        arguments = {**arguments, "watching": tally, "about": logs.names()}
     options: dict[str, Any] = {"num_gpus": resources.gpus} if resources.gpus else {}
+    if resources.custom:
+        options["resources"] = dict(resources.custom)
     if resources.cpu_actors:
         options["ray_remote_args_fn"] = _Mixed(resources)
     return data.map_batches(
@@ -165,7 +231,10 @@ def _pool(resources: run.Resources, blocks: int, calls: int | None) -> Any:
 
 
 class _Mixed:
-    """What the next actor of a mixed pool holds: those without a GPU are begun first."""
+    """What the next actor of a mixed pool holds: those without a GPU are begun first.
+
+    What all of them hold, custom resources, Ray Data adds.
+    """
 
     def __init__(self, resources: run.Resources) -> None:
         self._resources, self._begun = resources, 0
@@ -200,7 +269,7 @@ def _context(key: str, resume: str) -> Any:
 @contextmanager
 def counted(progress: Progress, *, every_s: float = HEARTBEAT_S) -> Iterator[Any]:
     """A Tally whose `add` advances the progress, which is shown while the block runs."""
-    tally = Tally.remote()  # type: ignore[attr-defined]
+    tally = run.beside_driver(Tally).remote()
     before, warned = progress.done, 0
     asked: list[Any] = []
 
@@ -218,6 +287,8 @@ def counted(progress: Progress, *, every_s: float = HEARTBEAT_S) -> Iterator[Any
         for text in known.warnings[warned:]:
             logger.warning("%s: %s", progress.stage, text)
         warned = len(known.warnings)
+        progress.heard(known.busy, known.verdicts)
+        metrics.progressed(attempts.reached())
         return before + known.total
 
     try:
@@ -256,7 +327,7 @@ def _noted(resume: str) -> int:
 
 def count_rows(shards: Iterable[str | Path]) -> int:
     """The rows of Parquet files, from their footers."""
-    return sum(storage.count_rows(shard) for shard in shards)
+    return sum(storage.row_counts(shards))
 
 
 def _remove_duplicates(uri: str, key: str, rows: int) -> None:
@@ -274,11 +345,11 @@ def _remove_duplicates(uri: str, key: str, rows: int) -> None:
         return not known
 
     for shard in storage.list_shards(uri):
-        table = parquet.read_table(storage.opened(shard), shard, columns=[key])
+        table = storage.read_table(shard, columns=[key])
         fresh = [is_fresh(value) for value in table[key].to_pylist()]
         if not all(fresh):
             logger.warning("%s: %d rows were there already", shard, len(fresh) - sum(fresh))
-            whole = parquet.read_table(storage.opened(shard), shard)
+            whole = storage.read_table(shard)
             storage.write_shard(uri, Path(shard).stem, whole.filter(fresh))
     if len(seen) != rows:
         raise StageError(

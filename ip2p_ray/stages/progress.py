@@ -6,12 +6,14 @@ import logging
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TextIO
 
 from ip2p_ray.report import duration
+from ip2p_ray.stages.attempts import follow
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +34,19 @@ class Progress:
         total: int,
         unit: str,
         done: int = 0,
+        verdicts: Mapping[str | None, int] | None = None,
+        more: Callable[[int], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`verdicts` count what was judged by earlier runs; `more` is told of each that is done."""
         self.stage, self.total, self.unit = stage, total, unit
         self.done = done
+        self._before = Counter(verdicts or {})
+        self.verdicts = self._before
+        """What was judged, by the reason of rejects, and None for what was kept."""
+        self.busy: Mapping[str, float] = {}
+        """Seconds that actors of this run worked, by their class."""
+        self._more = more
         self._clock = clock
         self._began = clock()
         self._counts: deque[tuple[float, int]] = deque()
@@ -45,11 +56,18 @@ class Progress:
         done = min(done, self.total)
         if done <= self.done:
             return
+        if self._more is not None:
+            self._more(done - self.done)
         self.done = done
         counts, now = self._counts, self._clock()
         counts.append((now, done))
         while len(counts) > WINDOW_COUNTS and now - counts[0][0] > WINDOW_S:
             counts.popleft()
+
+    def heard(self, busy: Mapping[str, float], verdicts: Mapping[str | None, int]) -> None:
+        """All that actors of this run told so far of their time, and of what they judged."""
+        self.busy = busy
+        self.verdicts = self._before + Counter(verdicts)
 
     def line(self) -> str:
         """For example "pairs: 32 of 96 triplets, 1.2 min so far, about 2.4 min left"."""
@@ -59,15 +77,23 @@ class Progress:
         left = self._left(now)
         return f"{text}, about {duration(left)} left" if left is not None else text
 
-    def _left(self, now: float) -> float | None:
-        """Seconds by the rate of late.
+    def rate(self) -> float | None:
+        """Units a second of late; None before it is known.
 
         Neither the start of the actors is in it nor, for long, what a run that goes on finds done.
         """
-        if len(self._counts) < 2 or self.done == self.total:
+        return self._rate(self._clock())
+
+    def _rate(self, now: float) -> float | None:
+        if len(self._counts) < 2:
             return None
         began, done = self._counts[0]
-        return (now - began) / (self.done - done) * (self.total - self.done)
+        return (self.done - done) / max(now - began, 1e-9)
+
+    def _left(self, now: float) -> float | None:
+        """Seconds by the rate of late."""
+        rate = self._rate(now)
+        return None if rate is None or self.done == self.total else (self.total - self.done) / rate
 
 
 @contextmanager
@@ -99,7 +125,9 @@ def shown(
         if terminal:
             _rewrite(screen, "")
 
-    thread = threading.Thread(target=show, daemon=True)
+    follow(progress)
+    # its lines are of the dataset that this thread works at
+    thread = threading.Thread(target=copy_context().run, args=(show,), daemon=True)
     thread.start()
     try:
         yield

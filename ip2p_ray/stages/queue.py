@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import storage
 from ip2p_ray.distinct import KEPT, NOT_SAMPLED, Distinct
 from ip2p_ray.errors import DatasetError, StageError
 from ip2p_ray.report import Report
@@ -72,7 +72,7 @@ def fill_queue(
 def _rows(triplets: str) -> Iterator[dict[str, Any]]:
     for shard in plan.shards(triplets):
         try:
-            with parquet.opened(storage.local_path(shard)) as file:
+            with storage.open_parquet(shard) as file:
                 missing = set(TRIPLETS.names) - set(file.schema_arrow.names)
                 if missing:
                     raise DatasetError(

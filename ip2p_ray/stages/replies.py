@@ -13,7 +13,8 @@ import asyncio
 import fcntl
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -24,6 +25,7 @@ import ray
 
 from ip2p_ray import errors, lease, parquet, storage
 from ip2p_ray.captions import surely_fits
+from ip2p_ray.command import CustomResources
 from ip2p_ray.errors import (
     BudgetError,
     ConfigError,
@@ -35,7 +37,7 @@ from ip2p_ray.errors import (
 from ip2p_ray.objects import ObjectFolder
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS
-from ip2p_ray.stages import plan, run
+from ip2p_ray.stages import metrics, plan, run
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.journal import Journal, JournalledWriter
 from ip2p_ray.triplets.limits import Limits, LimitsConfig, Usage
@@ -88,6 +90,8 @@ class Asking:
 
     Without one, as of a journal in a bucket, nobody waits for the actors of a killed run.
     """
+    custom: CustomResources = ()
+    """Custom resources of each actor, a pair of name and amount."""
 
     def __post_init__(self) -> None:
         if self.actors < 1 or self.concurrency < 1:
@@ -114,7 +118,13 @@ class AskReplies:
         if self._sign is not None:
             fcntl.flock(self._sign, fcntl.LOCK_SH)  # until this process ends
         shared = None if limits is None else RemoteLimits(limits)
-        writer = OpenAIWriter(config, asking.endpoint, examples=examples, limits=shared)
+        writer = OpenAIWriter(
+            config,
+            asking.endpoint,
+            examples=examples,
+            limits=shared,
+            observer=metrics.WriterMetrics(asking.limits),
+        )
         self._turn = _Turn(asking.concurrency)
         self._writer = JournalledWriter(writer, _journal(asking), self._turn)
 
@@ -122,7 +132,9 @@ class AskReplies:
         """A reply to each caption of the batch, read; or why there is none."""
         rows = batch.select(CAPTIONS.names).to_pylist()
         found = await asyncio.gather(*(self._counted(row["caption"]) for row in rows))
-        self._count.tell()
+        verdicts = _verdicts(answer["status"] for answer in found)
+        metrics.judged("replies", verdicts)
+        self._count.judge(verdicts)
         for row, answer in zip(rows, found, strict=True):
             row.update(answer)
         return pa.Table.from_pylist(rows, schema=REPLIES)
@@ -164,6 +176,12 @@ class Count:
         self._untold += 1
         if time.monotonic() - self._told >= self._every_s:
             self.tell()
+
+    def judge(self, verdicts: Mapping[str | None, int]) -> None:
+        """Verdicts more; and what was not told yet."""
+        self.tell()
+        if self._tally is not None:
+            self._tally.judge.remote(dict(verdicts))
 
     def tell(self) -> None:
         """What was not told yet."""
@@ -325,7 +343,10 @@ def ask_replies(
             callable=AskReplies,
             arguments={"config": config, "examples": examples, "asking": asking, "limits": limits},
             resources=run.Resources(
-                actors=asking.actors, cpus=plan.TASK_CPUS, batch_size=-(-block // _BATCHES)
+                actors=asking.actors,
+                cpus=plan.TASK_CPUS,
+                batch_size=-(-block // _BATCHES),
+                custom=asking.custom,
             ),
             # so many captions at hand that none of the slots waits for the end of a block
             blocks=max(2, -(-4 * asking.concurrency // block)),
@@ -341,6 +362,7 @@ def ask_replies(
                 unit="captions",
                 rows_per_block=block,
                 every_s=_HEARTBEAT_S,
+                judged=JUDGED,
             )
         finally:
             if limits is not None:
@@ -413,7 +435,7 @@ def _limits(asking: Asking, spent: Usage) -> Any:
     caps = (told.requests_per_minute, told.tokens_per_minute, told.max_tokens, told.max_usd)
     if not any(cap is not None for cap in caps):
         return None
-    made: Any = SharedLimits
+    made = run.beside_driver(SharedLimits)
     calls = 2 * asking.actors * asking.concurrency + 16
     return made.options(max_concurrency=calls).remote(told, spent)
 
@@ -484,12 +506,29 @@ def _is_to_be_asked_again(uri: str) -> bool:
 
 
 def _columns(shard: str, *names: str) -> Iterator[tuple[str, ...]]:
-    table = parquet.read_table(storage.opened(shard), shard, columns=list(names))
+    table = storage.read_table(shard, columns=list(names))
     yield from zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
 def _is_open(status: str) -> bool:
     return status == NO_REPLY or status.startswith(STOPPED)
+
+
+def _verdicts(statuses: Iterable[str | None]) -> Counter[str | None]:
+    """By reason, and None for what can be used; of what is to be asked again, none."""
+    found = Counter[str | None]()
+    for status, count in Counter(map(str, statuses)).items():
+        if not _is_open(status):
+            found[None if status == "ok" else status] += count
+    return found
+
+
+def _verdicts_in(table: pa.Table) -> Counter[str | None]:
+    return _verdicts(table["status"].to_pylist())
+
+
+JUDGED = plan.Judged(columns=["status"], verdicts=_verdicts_in)
+"""Of rows of REPLIES."""
 
 
 def _drop(uri: str) -> None:

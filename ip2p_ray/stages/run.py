@@ -9,20 +9,20 @@ import logging
 import math
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ip2p_ray
-from ip2p_ray import lease, storage
+from ip2p_ray import lease, logs, notes, storage
 from ip2p_ray.atomic import remove_leftovers
+from ip2p_ray.command import CustomResources, require_resources
 from ip2p_ray.errors import (
     BudgetError,
     ConfigError,
@@ -31,12 +31,14 @@ from ip2p_ray.errors import (
     StageError,
     StorageError,
 )
+from ip2p_ray.notes import NOTE_EVERY_S, read_noted, read_origin
 from ip2p_ray.report import Report, duration
 from ip2p_ray.schema import recipe
+from ip2p_ray.stages import attempts, metrics
 
 logger = logging.getLogger(__name__)
 
-ORIGIN = "_origin.json"
+ORIGIN = notes.ORIGIN
 RESUME = ".resume"
 REJECTED = "rejects"
 
@@ -44,9 +46,6 @@ _OF_THE_DISK = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM", "EMFILE")
 }
-
-NOTE_EVERY_S = 10.0
-"""How often an attempt notes its time; kill -9 loses at most so much of it."""
 
 BUDGET_REACHED = 3
 """Exit status of a job that a spending cap stopped."""
@@ -70,8 +69,12 @@ class Resources:
     """Further ones that hold no GPU, beside those that do: a mixed pool."""
     cpu_actor_cpus: float = 1.0
     """Logical CPUs of each of those."""
+    custom: CustomResources = ()
+    """Custom resources of each actor, a pair of name and amount: they keep it to the nodes that
+    declare them (`ray start --resources`)."""
 
     def __post_init__(self) -> None:
+        require_resources("custom", self.custom)
         if self.actors < 1 or self.batch_size < 1:
             raise ConfigError(
                 f"actors and batch_size are at least 1, got {self.actors} and {self.batch_size}"
@@ -95,6 +98,25 @@ class Resources:
     def all_cpus(self) -> float:
         """Logical CPUs of all actors that there are at least."""
         return self.actors * self.cpus + self.cpu_actors * self.cpu_actor_cpus
+
+    @property
+    def of_task(self) -> dict[str, Any]:
+        """What a task of Ray is told that runs where such an actor would."""
+        held = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        return {**held, **({"resources": dict(self.custom)} if self.custom else {})}
+
+    @property
+    def of_worker(self) -> dict[str, float]:
+        """The same as Ray Train and nodes name it: CPU, GPU, custom ones."""
+        held = {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+        return {**held, **dict(self.custom)}
+
+    @property
+    def in_all(self) -> dict[str, float]:
+        """GPUs and custom resources of all actors that there are at least."""
+        held = {"GPU": self.actors * self.gpus} if self.gpus else {}
+        every = self.actors + self.cpu_actors
+        return {**held, **{name: every * amount for name, amount in self.custom}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +148,7 @@ def local_ray(
     the `actors`, and in its object store for at least `store_bytes`, as far as memory goes.
 
     Raises:
-        ConfigError: there are not as many GPUs as the actors hold.
+        ConfigError: there are not as many GPUs, or custom resources, as the actors hold.
     """
     cpus = sum(held.all_cpus for held in actors)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -147,7 +169,7 @@ def local_ray(
         # Whatever fails is raised as well; Ray would log it with its traceback before.
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        _require_gpus(actors)
+        _require_held(actors)
         yield
     finally:
         ray.shutdown()
@@ -157,29 +179,37 @@ def _free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _require_gpus(actors: Sequence[Resources]) -> None:
+def _require_held(actors: Sequence[Resources]) -> None:
     """Checks that the actors can be placed: Ray would wait for ever without a word.
 
     A cluster of RAY_ADDRESS may grow, so there it is only told.
     """
-    wanted = sum(held.actors * held.gpus for held in actors)
-    have = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
-    if wanted <= have:
-        return
-    each = " + ".join(f"{held.actors} x {held.gpus:g}" for held in actors if held.gpus)
-    told = f"the actors want {wanted:g} GPUs ({each}), the cluster has {have:g}"
-    if "RAY_ADDRESS" not in os.environ:
-        raise ConfigError(f"{told}: fewer actors, or a smaller share of a GPU for each")
-    logger.warning("%s; they wait until it has grown", told)
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name in dict.fromkeys(name for held in actors for name in held.in_all):
+        every = [
+            (held.in_all[name], held.of_worker[name]) for held in actors if name in held.in_all
+        ]
+        amount, there = sum(all_of for all_of, _ in every), have.get(name, 0.0)
+        if amount <= there:
+            continue
+        each = " + ".join(f"{all_of / one:g} x {one:g}" for all_of, one in every)
+        what = "GPUs" if name == "GPU" else f"of the custom resource {name}"
+        told = f"the actors want {amount:g} {what} ({each}), the cluster has {there:g}"
+        if "RAY_ADDRESS" in os.environ:
+            logger.warning("%s; they wait until it has grown", told)
+        elif name == "GPU":
+            raise ConfigError(f"{told}: fewer actors, or a smaller share of a GPU for each")
+        else:
+            raise ConfigError(f"{told}: only nodes of a cluster (RAY_ADDRESS) can have some")
 
 
 @contextmanager
-def ray_to_make(uri: str, *, workers: int) -> Iterator[None]:
+def ray_to_make(uri: str, *, workers: int, actors: Sequence[Resources] = ()) -> Iterator[None]:
     """`local_ray` for the block, or nothing where the dataset lies whole already."""
     if storage.exists(storage.join(uri, storage.MANIFEST)):
         yield
     else:
-        with local_ray(workers=workers):
+        with local_ray(workers=workers, actors=actors):
             yield
 
 
@@ -247,6 +277,17 @@ def make(
     Raises:
         DatasetError: something made from another origin lies there.
     """
+    with logs.about(**_names(origin, build)):
+        return _make(uri, origin, build, device_seconds, note_every_s)
+
+
+def _make(
+    uri: str,
+    origin: Origin,
+    build: Callable[[], Sequence[Report]],
+    device_seconds: Callable[[], float] | None,
+    note_every_s: float,
+) -> storage.Manifest:
     _check_origin(uri, origin)
     if storage.exists(storage.join(uri, storage.MANIFEST)):
         manifest = storage.require_manifest(uri)
@@ -256,7 +297,10 @@ def make(
     if not storage.exists(storage.join(uri, ORIGIN)):
         # The dataset was deleted, and with it what these notes say was written.
         storage.remove_all(resume_folder(uri))
-    with _attempt(uri, origin, note_every_s) as seconds:
+    for place in (uri, resume_folder(uri)):
+        storage.abort_uploads(place)
+    content = {**vars(origin), "digest": origin.digest}
+    with attempts.attempt(uri, content, note_every_s, sentence) as seconds:
         reports = build()
         wall_seconds = seconds()
     manifest = storage.write_manifest(
@@ -274,9 +318,18 @@ def make(
     storage.remove_all(resume_folder(uri))
     for report in reports:
         logger.info("%s", report.line())
+        metrics.reported(report)
     if not reports and manifest.wall_seconds > 1.0:
         logger.info("%s: made in %s", _told(uri, origin), duration(manifest.wall_seconds))
     return manifest
+
+
+def _names(origin: Origin, build: Callable[..., Any]) -> dict[str, str]:
+    """What log lines are told to be of: the dataset, the module that makes it, the part."""
+    dataset, _, part = origin.dataset.partition(", part ")
+    module = str(getattr(build, "__module__", ""))
+    stage = module.rpartition(".")[2] if ".stages." in module else dataset
+    return {"dataset": dataset, "stage": stage, **({"part": part} if part else {})}
 
 
 def _told(uri: str, origin: Origin) -> str:
@@ -287,58 +340,12 @@ def _told(uri: str, origin: Origin) -> str:
 
 def earlier_seconds(uri: str) -> float:
     """What earlier attempts at the dataset took, asked while it is being made."""
-    return sum(_attempts(uri)[:-1])
-
-
-@contextmanager
-def _attempt(uri: str, origin: Origin, every_s: float) -> Iterator[Callable[[], float]]:
-    """Writes ORIGIN and keeps the attempt's time in it; yields what tells that of all attempts."""
-    earlier, began = _attempts(uri), time.monotonic()
-    stop = threading.Event()
-
-    def note() -> None:
-        seconds = [*earlier, round(time.monotonic() - began, 3)]
-        content = {**vars(origin), "digest": origin.digest, "attempts": seconds}
-        storage.write_bytes(storage.join(uri, ORIGIN), json.dumps(content, indent=2).encode())
-
-    def note_now_and_then() -> None:
-        while not stop.wait(every_s):
-            with suppress(
-                OSError, StorageError
-            ):  # it is only a note; what matters fails where it is written
-                note()
-
-    note()
-    thread = threading.Thread(target=note_now_and_then, daemon=True)
-    thread.start()
-    try:
-        yield lambda: round(sum(earlier) + time.monotonic() - began, 3)
-    finally:
-        stop.set()
-        thread.join()
-        note()
-
-
-def _attempts(uri: str) -> list[float]:
-    """The seconds of each attempt, the newest last."""
-    attempts: list[float] = _read_origin(uri).get("attempts", [])
-    return attempts
-
-
-def _read_origin(uri: str) -> dict[str, Any]:
-    """ORIGIN as it was written, empty where there is none."""
-    place = storage.join(uri, ORIGIN)
-    if not storage.exists(place):
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(storage.read_bytes(place))
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{place} cannot be read: {error}; delete {uri}") from error
-    return found
+    noted = read_noted(uri)
+    return sum(noted.attempts[:-1]) if noted else 0.0
 
 
 def _check_origin(uri: str, origin: Origin) -> None:
-    found = _read_origin(uri)
+    found = read_origin(uri)
     if not found and storage.exists(storage.join(uri, storage.MANIFEST)):
         manifest = storage.read_manifest(uri)
         found = {**vars(manifest), "digest": manifest.recipe}
@@ -372,12 +379,10 @@ def guarded(name: str, work: Callable[[], object]) -> int:
     in one sentence; one that is not this package's is a bug and is raised. Logging is set up here,
     once: this package's lines, and of other libraries only errors.
     """
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    logging.getLogger().setLevel(logging.ERROR)
-    logging.getLogger("ip2p_ray").setLevel(logging.INFO)
-    logging.captureWarnings(True)
+    logs.configure(sys.stdout)
     try:
-        work()
+        with logs.about(job=name), logs.printed_too():
+            work()
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: stopped; the same command goes on from here\n")
         return 130
@@ -385,10 +390,21 @@ def guarded(name: str, work: Callable[[], object]) -> int:
         told = own_error(error)
         if told is None:
             raise
-        # Ray adds lines of its own to what an actor raised.
-        sys.stderr.write(f"{name}: {str(told).splitlines()[0]}\n")
+        sys.stderr.write(f"{name}: {sentence(told)}\n")
+        if logs.wants_json():
+            with logs.about(job=name):
+                logger.error("%s", sentence(told))
         return BUDGET_REACHED if isinstance(told, BudgetError) else 1
     return 0
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, in one line: of this package's own without what Ray adds."""
+    told = own_error(error)
+    if told is not None:
+        return str(told).splitlines()[0]
+    said = str(getattr(error, "cause", None) or error).strip().splitlines()
+    return ": ".join([type(error).__name__, *said[-1:]])
 
 
 def own_error(error: BaseException | None) -> Ip2pError | None:
@@ -438,8 +454,24 @@ def in_task(resources: Resources, work: Callable[..., Any], *arguments: Any) -> 
     Raises:
         Ip2pError: as the function.
     """
-    task: Any = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(work)
+    task: Any = ray.remote(**resources.of_task, max_retries=0)(work)
     try:
         return ray.get(task.remote(*arguments))
     except ray.exceptions.RayTaskError as error:
         raise own_error(error) or error from None
+
+
+def nodes_for(resources: Resources) -> int:
+    """How many nodes could hold at least one such actor, if nothing else were there."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return sum(
+        all(node["Resources"].get(name, 0.0) >= held for name, held in resources.of_worker.items())
+        for node in nodes
+        if node["Alive"]
+    )
+
+
+def beside_driver(actor: Any) -> Any:
+    """The actor class, whose actors live on the driver's node: a lost one takes none of them."""
+    here = ray.get_runtime_context().get_node_id()
+    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import storage
 from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.stages import run
 
@@ -89,10 +89,9 @@ def read_tables(
     if columns is not None:
         schema = pa.schema([schema.field(name) for name in columns])
     for shard in manifest.shards:
-        path = storage.local_path(uri) / shard.name
+        path = storage.join(uri, shard.name)
         try:
-            # Without pre_buffer a row group is not read whole before its first batch comes out.
-            with parquet.opened(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            with storage.open_parquet(path) as file:
                 missing = [name for name in schema.names if name not in file.schema_arrow.names]
                 if missing:
                     raise DatasetError(f"shard {path} has no column {', '.join(missing)}")
@@ -104,8 +103,7 @@ def read_tables(
 
 def clear(uri: str) -> None:
     """Removes what a killed run left of a dataset that is now being made."""
-    for shard in storage.list_shards(uri):
-        storage.remove(shard)
+    storage.remove_shards(uri)
 
 
 def require_free(uri: str) -> None:
@@ -114,11 +112,8 @@ def require_free(uri: str) -> None:
     Raises:
         ConfigError: it holds something, and not a dataset or the beginning of one.
     """
-    folder = storage.local_path(uri)
-    if not folder.is_dir() or any(
-        (folder / name).exists() for name in (run.ORIGIN, storage.MANIFEST)
-    ):
+    if any(storage.exists(storage.join(uri, name)) for name in (run.ORIGIN, storage.MANIFEST)):
         return
-    found = next((path for path in sorted(folder.iterdir()) if path.name[0] != "."), None)
+    found = next((name for name in storage.names(uri) if name[0] != "."), None)
     if found is not None:
-        raise ConfigError(f"folder {folder} is not empty ({found.name} is in it); give a new one")
+        raise ConfigError(f"folder {uri} is not empty ({found} is in it); give a new one")

@@ -31,7 +31,7 @@ from ip2p_ray.latents import LatentDataset
 from ip2p_ray.memory import free_bytes, held_bytes
 from ip2p_ray.mirror import fetch_newest
 from ip2p_ray.report import Report, size
-from ip2p_ray.stages import run
+from ip2p_ray.stages import attempts, metrics, run
 from ip2p_ray.stages.progress import Progress, shown
 from ip2p_ray.stages.training_run import (
     INDEX,
@@ -235,8 +235,7 @@ def sharing_workers(resources: run.Resources) -> int:
     workers = resources.most_actors or resources.actors
     if resources.gpus:
         return min(workers, max(1, int(1 / resources.gpus)))
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call, misc]
-    return -(-workers // max(1, nodes))
+    return -(-workers // max(1, run.nodes_for(resources)))
 
 
 def _fit(told: TrainingRun, resources: run.Resources) -> list[Report]:
@@ -298,7 +297,6 @@ def persist(
 
 
 def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -> None:
-    worker = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
     most = resources.most_actors or resources.actors
     scaling: dict[str, Any] = {"num_workers": most}
     if most > resources.actors:
@@ -318,7 +316,7 @@ def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -
             train_loop_config={"told": told, "board": board},
             scaling_config=ray.train.ScalingConfig(
                 use_gpu=resources.gpus > 0,
-                resources_per_worker=worker,
+                resources_per_worker=resources.of_worker,
                 **scaling,
             ),
             run_config=ray.train.RunConfig(name="editor", storage_path=str(told.ray)),
@@ -342,10 +340,11 @@ class TrainingProgress(Progress):
 @contextmanager
 def _watched(progress: TrainingProgress) -> Iterator[Any]:
     """An actor that the first worker tells its step, shown while the block runs."""
-    board = Board.remote()  # type: ignore[attr-defined]
+    board = run.beside_driver(Board).remote()
     asked: list[Any] = []
 
     def poll() -> int:
+        metrics.progressed(attempts.reached())
         if not asked:
             asked.append(board.read.remote())
         if ray.wait(asked, timeout=0)[0]:

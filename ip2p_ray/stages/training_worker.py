@@ -28,6 +28,7 @@ from ip2p_ray.memory import is_out_of_memory
 from ip2p_ray.pictures import PictureDataset
 from ip2p_ray.previews import Shown, decoded, preview
 from ip2p_ray.report import size
+from ip2p_ray.stages.metrics import TrainingMetrics
 from ip2p_ray.stages.training_run import (
     SAMPLES,
     Data,
@@ -153,6 +154,7 @@ class _Watch:
     ) -> None:
         self.told, self.model, self.state, self.data = told, model, state, data
         self.rank, self.world_size, self.board, self.sinks = rank, world_size, board, sinks
+        self.metrics = TrainingMetrics(rank, world_size, told.config.batch_size)
         self.held_out = data.of("held_out")
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -163,6 +165,7 @@ class _Watch:
         """Everything that is due after the step."""
         carried, steps = self.told.carried, self.told.config.steps
         self.losses.append(metrics.loss)
+        self.metrics.stepped(metrics.step, metrics.loss, metrics.seconds, metrics.waited)
         self.seconds = [*self.seconds[-19:], metrics.seconds]
         noted: dict[str, Any] = {}
         if len(self.held_out) and carried.due(carried.validate_every, metrics.step, steps):
@@ -180,7 +183,9 @@ class _Watch:
             for sink in self.sinks:
                 sink.write(metrics.step, {k: v for k, v in noted.items() if k != "step"})
         if carried.saves(metrics.step, steps):
+            began = time.monotonic()
             save(self.told, self.state)
+            self.metrics.saved(time.monotonic() - began)
 
     def _validate(self) -> float:
         config, carried = self.told.config, self.told.carried

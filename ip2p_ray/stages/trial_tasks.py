@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ip2p_ray import storage
+from ip2p_ray import files, storage
 from ip2p_ray.copies import local_folder
 from ip2p_ray.edit_sets import Asked, Turns, inputs, read_edits
 from ip2p_ray.errors import ConfigError, ImageError, LargeImageError, StageError
@@ -185,7 +185,7 @@ def _row(asked: Asked, number: int) -> tuple[dict[str, Any] | None, str | None]:
         if picture is None:
             continue
         try:
-            data = picture if isinstance(picture, bytes) else picture.read_bytes()
+            data = picture if isinstance(picture, bytes) else files.read(picture)
             image, plain = decode_stored(data)
         except OSError:
             return None, MISSING

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from ip2p_ray import parquet, storage
+from ip2p_ray import storage
 from ip2p_ray.copies import local_folder
 from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.gallery import triplets_page
@@ -24,6 +24,7 @@ from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
 from ip2p_ray.stages import plan, run, vllm_writer
 from ip2p_ray.stages.captions import Shards
 from ip2p_ray.stages.replies import (
+    JUDGED,
     REPLIES,
     Asking,
     ask_replies,
@@ -101,13 +102,17 @@ def write_triplets(
     )
     if engine == "vllm" and judge is not None:
         raise ConfigError(f"vLLM's replies are not judged by {judge}: only by OpenAI's CLIP")
+    if engine == "vllm" and resources.custom:
+        raise ConfigError("Ray Data places vLLM's engines by their GPUs, not by custom resources")
 
     def step() -> plan.Step | Callable[[Any], Any]:
         if engine == "vllm":
             return vllm_writer.step(writer, config.seed, resources)
         device = "cuda" if resources.gpus else "cpu"
         arguments = {"writer": writer, "judge": judge, "seed": config.seed, "device": device}
-        return plan.Step(callable=WriteReplies, arguments=arguments, resources=resources)
+        return plan.Step(
+            callable=WriteReplies, arguments=arguments, resources=resources, judges=True
+        )
 
     def write() -> list[Report]:
         plan.stream(
@@ -118,6 +123,7 @@ def write_triplets(
             steps=[step()],
             unit="captions",
             rows_per_block=resources.batch_size,
+            judged=JUDGED,
         )
         return []
 
@@ -218,7 +224,7 @@ def _quality(triplets: str) -> Quality:
     tally = Tally()
     names = list(Triplet.__dataclass_fields__)
     for shard in plan.shards(triplets):
-        table = parquet.read_table(storage.opened(shard), shard, columns=names)
+        table = storage.read_table(shard, columns=names)
         for batch in table.to_batches(_ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 tally.add(Triplet(**row))
@@ -270,9 +276,6 @@ def _in_order(replies: str) -> Iterator[dict[str, Any]]:
     bounds = [f"{number * 2**32 // parts:08x}" for number in range(parts)]
     for low, high in zip(bounds, [*bounds[1:], "g"], strict=True):
         within = [("caption_key", ">=", low), ("caption_key", "<", high)]
-        tables = [
-            parquet.read_table(storage.opened(shard), shard, schema=REPLIES, filters=within)
-            for shard in shards
-        ]
+        tables = [storage.read_table(shard, schema=REPLIES, filters=within) for shard in shards]
         for batch in pa.concat_tables(tables).sort_by("caption_key").to_batches(_ROWS_AT_ONCE):
             yield from batch.to_pylist()

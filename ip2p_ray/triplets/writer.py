@@ -26,6 +26,7 @@ from ip2p_ray.triplets.limits import (
     Usage,
     estimated_tokens,
 )
+from ip2p_ray.triplets.observer import Observer
 from ip2p_ray.triplets.prompt import (
     MAX_TOKENS,
     REPLY_SCHEMA,
@@ -106,6 +107,7 @@ class OpenAIWriter:
         *,
         examples: Sequence[Triplet] = (),
         limits: Limits | None = None,
+        observer: Observer | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -117,6 +119,7 @@ class OpenAIWriter:
         self._config = config
         self._examples = tuple(examples)
         self._limits: Limits = limits or LocalLimits(LimitsConfig())
+        self._observer = observer or Observer()
         self._connection = Connection(endpoint or Endpoint(), sleep=sleep, jitter=jitter)
         self._structured = config.form == "chat" and self._endpoint.structured != "off"
         self._length_name = "max_tokens"
@@ -255,11 +258,18 @@ class OpenAIWriter:
         try:
             reply = await self._asked(question)
             used = reply.usage
-        except openai.APIStatusError:
+            self._observer.answered(used)
+        except openai.APIStatusError as error:
             used = NOTHING
+            self._observer.failed(f"status_{error.status_code}")
             raise
         except openai.APIConnectionError as error:
             used = NOTHING if never_arrived(error) else None
+            timeout = isinstance(error, openai.APITimeoutError)
+            self._observer.failed("timeout" if timeout else "connection")
+            raise
+        except MalformedError:
+            self._observer.failed("malformed")
             raise
         finally:
             await self._limits.settle(ticket, used)

@@ -21,7 +21,7 @@ command, run_job = JOB.command, JOB.run
 FLAGS = {
     *("--pairs", "--out", "--preset", "--model", "--text", "--held-out", "--no-held-out"),
     *("--resolution", "--dtype", "--dry-run", "--no-dry-run", "--actors", "--most-actors"),
-    *("--gpus", "--cpus", "--batch-size"),
+    *("--gpus", "--cpus", "--actor-resources", "--batch-size"),
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
 

@@ -9,9 +9,12 @@ import pytest
 
 from tests.jobs.cluster import RAY, ROOT, ray_head
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 GENERATE = ("jobs/generate_pairs.py", "--candidates", 6, "--steps", 40, "--batch-size", 4)
+LIMIT_S = 900
+"""For one job, where others work on the same cores."""
+
 ENDS = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -32,7 +35,7 @@ class Cluster:
     def status(self, job):
         return str(self.client.get_job_status(job).value)
 
-    def wait(self, job, limit_s=400):
+    def wait(self, job, limit_s=LIMIT_S):
         """(status, logs) of the job once it has ended."""
         deadline = time.monotonic() + limit_s
         while self.status(job) not in ENDS:
@@ -67,7 +70,7 @@ def quickstart(cluster, tmp_path_factory):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=LIMIT_S,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
     )
     assert done.returncode == 0, done.stdout + done.stderr

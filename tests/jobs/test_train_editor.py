@@ -47,6 +47,7 @@ FLAGS = {
         "--most-workers",
         "--gpus",
         "--cpus",
+        "--worker-resources",
         "--micro-batch",
         "--compile",
         "--no-compile",
@@ -87,6 +88,7 @@ def test_the_flags_are_those_that_were_promised():
         ),
         (["--latents", "l", "--mirror", "/tmp/m"], "give s3://bucket/folder"),
         (["--latents", "l", "--metrics", "paper"], "--metrics"),
+        (["--latents", "l", "--worker-resources", "GPU=1"], "GPU is Ray's own; it has flags"),
         (["--latents", "l", "--stepps", "3"], "--stepps"),
     ],
 )

@@ -85,6 +85,21 @@ def test_with_all_options_off_it_is_generation_judging_and_selection_bit_for_bit
     assert "direction_similarity" in reasons
 
 
+def test_the_fill_of_each_batch_is_told(
+    model: StableDiffusion, clip: Clip, config: PairConfig
+) -> None:
+    """12 candidates, 4 at a time, are 24 rows in batches of at most 8."""
+    told: list[tuple[int, int]] = []
+    found = search(
+        *(model, clip, TRIPLETS, config, SearchConfig(), "recipe"),
+        batch_size=4,
+        filled=lambda rows, places: told.append((rows, places)),
+    )
+    assert len(list(found)) == 2
+    assert {places for _, places in told} == {8}
+    assert sum(rows for rows, _ in told) == 24
+
+
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m"])
 def test_finished_candidates_are_the_same_whatever_is_pruned_and_batched(
     model: StableDiffusion, clip: Clip, config: PairConfig, sampler: Any

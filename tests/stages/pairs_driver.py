@@ -25,7 +25,7 @@ def main(triplets: str, folder: str, actors: int, seconds: float, log: str) -> N
         judges=run.Resources(cpus=0.25, batch_size=32),
         part_triplets=24,
     )
-    with run.locked(Path(folder)), run.local_ray(workers=actors):
+    with run.locked(folder), run.local_ray(workers=actors):
         generate_pairs(
             triplets,
             folder,

@@ -77,3 +77,19 @@ def test_on_a_terminal_one_line_is_rewritten_and_then_removed():
         wait_until(lambda: "7 of 10" in terminal.getvalue())
     assert "\r\x1b[Kpairs: 7 of 10 triplets" in terminal.getvalue()
     assert terminal.getvalue().endswith("\r\x1b[K")
+
+
+def test_what_is_done_is_told_once():
+    told = []
+    stage = Progress("pairs", total=20, unit="triplets", done=5, more=told.append)
+    for done in (5, 8, 7, 20, 30):
+        stage.update(done)
+    assert told == [3, 12]
+
+
+def test_verdicts_of_this_run_come_on_top_of_those_before():
+    stage = Progress("pairs", total=20, unit="triplets", verdicts={None: 2, "dull": 1})
+    for judged in ({None: 1}, {None: 3, "dull": 4}):  # each time all so far
+        stage.heard({"Judge": 1.0}, judged)
+    assert stage.verdicts == {None: 5, "dull": 5}
+    assert stage.busy == {"Judge": 1.0}

@@ -13,6 +13,7 @@ from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit
 from ip2p_ray.triplets import reply as reasons
 from ip2p_ray.triplets.endpoint import Endpoint, retry_after
 from ip2p_ray.triplets.limits import LimitsConfig, LocalLimits, Usage
+from ip2p_ray.triplets.observer import Observer
 from ip2p_ray.triplets.prompt import chat_reply, completion
 from ip2p_ray.triplets.reply import Reply, Triplet, read_reply
 from ip2p_ray.triplets.writer import OpenAIWriter, WriterConfig
@@ -37,7 +38,9 @@ class Sleeps:
         await asyncio.sleep(0)
 
 
-def made(server, *, limits=None, sleep=None, jitter=None, examples=EXAMPLES, **fields):
+def made(
+    server, *, limits=None, sleep=None, jitter=None, examples=EXAMPLES, observer=None, **fields
+):
     """A writer for a server or a URL; `fields` are those of either config."""
     url = getattr(server, "url", server)
     ours = {name: fields.pop(name) for name in list(fields) if hasattr(WriterConfig, name)}
@@ -48,6 +51,7 @@ def made(server, *, limits=None, sleep=None, jitter=None, examples=EXAMPLES, **f
         endpoint,
         examples=examples,
         limits=limits,
+        observer=observer,
         sleep=sleep or Sleeps(),
         jitter=jitter or random.Random(0).random,
     )
@@ -149,6 +153,44 @@ def test_a_server_that_is_too_slow_is_asked_again():
         with pytest.raises(ReplyError, match="2 attempts, the last: Request timed out"):
             write(made(server, attempts=2, timeout_s=0.1))
         assert server.counts.faults == {"slow": 2}
+
+
+class Watching(Observer):
+    """Remembers what it is told."""
+
+    def __init__(self):
+        self.tokens, self.failures = [], Counter()
+
+    def answered(self, usage):
+        self.tokens.append(usage)
+
+    def failed(self, kind):
+        self.failures[kind] += 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("too_many", "status_429"),
+        ("error", "status_500"),
+        ("hang_up", "connection"),
+        ("malformed", "malformed"),
+    ],
+)
+def test_what_becomes_of_every_request_is_told(fault, kind):
+    watching = Watching()
+    with FaultyServer(Behaviour(faults=Faults(**{fault: 1.0}))) as server:
+        writer = made(server, attempts=3, observer=watching)
+        with pytest.raises(ReplyError):
+            write(writer)
+    assert (watching.failures, watching.tokens) == ({kind: 3}, [])
+
+
+def test_the_tokens_of_every_reply_are_told():
+    watching = Watching()
+    with FaultyServer() as server:
+        reply = write(made(server, observer=watching))
+    assert (watching.tokens, watching.failures) == ([reply.usage], {})
 
 
 def test_pauses_double_up_to_a_minute_and_are_jittered():

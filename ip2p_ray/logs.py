@@ -1,0 +1,116 @@
+"""Log lines that say what they are of: text for people, or with IP2P_LOG=json an object a line.
+
+    {"time": "2026-01-31T12:00:00.000+00:00", "level": "info", "message": "...",
+     "job": "generate_pairs", "dataset": "candidates", "stage": "pairs", "part": "2 of 7"}
+
+No line holds a prompt, a picture or a key: that is for whoever writes it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import TextIO
+
+JSON = "json"
+"""Value of the environment variable IP2P_LOG that asks for objects."""
+
+_ABOUT: ContextVar[Mapping[str, str]] = ContextVar("about", default={})  # noqa: B039 - never changed
+_OF_THE_PROCESS: dict[str, str] = {}
+
+_printed = logging.getLogger("ip2p_ray.printed")
+
+
+@contextmanager
+def about(**names: str) -> Iterator[None]:
+    """Lines that are logged in the block, and in what copies its context, are of these names."""
+    before = _ABOUT.set({**_ABOUT.get(), **names})
+    try:
+        yield
+    finally:
+        _ABOUT.reset(before)
+
+
+def belong(**names: str) -> None:
+    """All lines of this process are of these names, unless a block says otherwise."""
+    _OF_THE_PROCESS.update(names)
+
+
+def names() -> dict[str, str]:
+    """What a line that is logged here and now is of."""
+    return {**_OF_THE_PROCESS, **_ABOUT.get()}
+
+
+def wants_json() -> bool:
+    """Whether the environment asks for objects."""
+    return os.environ.get("IP2P_LOG", "") == JSON
+
+
+def configure(stream: TextIO) -> None:
+    """Sends this package's lines to the stream, and of other libraries only errors.
+
+    To be called once, in a process whose logging nobody has set up.
+    """
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("ip2p_ray").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+def formatter(text: str, times: str | None = None) -> logging.Formatter:
+    """For lines in the form `text` with `times`, or for objects where the environment asks so."""
+    return JsonLines() if wants_json() else logging.Formatter(text, times)
+
+
+@contextmanager
+def printed_too() -> Iterator[None]:
+    """What is printed in the block becomes lines of the log where these are objects."""
+    if not wants_json():
+        yield
+        return
+    printed = _Printed()
+    with redirect_stdout(printed):
+        try:
+            yield
+        finally:
+            printed.end()
+
+
+class _Printed(io.TextIOBase):
+    def __init__(self) -> None:
+        self._open = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._open = (self._open + text).split("\n")
+        for line in lines:
+            _printed.info("%s", line)
+        return len(text)
+
+    def end(self) -> None:
+        if self._open:
+            self.write("\n")
+
+
+class JsonLines(logging.Formatter):
+    """A line for each record: time, level, message, and what it is of."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, in ASCII."""
+        fields = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **names(),
+        }
+        if record.exc_info:
+            fields["exception"] = "".join(traceback.format_exception(*record.exc_info))
+        return json.dumps(fields)
