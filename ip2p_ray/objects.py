@@ -51,6 +51,8 @@ class Found(NamedTuple):
     name: str
     """What follows the URI and its slash."""
     bytes: int
+    tag: str = ""
+    """What changes whenever the object does."""
 
 
 def is_object(uri: object) -> bool:
@@ -200,7 +202,7 @@ def listing(uri: str) -> Iterator[Found]:
             for item in page.get("Contents", ()):
                 name = item["Key"].removeprefix(prefix)
                 if name and not name.endswith("/"):  # what consoles make for an empty folder
-                    yield Found(name, int(item["Size"]))
+                    yield Found(name, int(item["Size"]), str(item["ETag"]))
 
 
 def abort_uploads(uri: str) -> int:
@@ -266,9 +268,9 @@ class ObjectFolder:
     def __str__(self) -> str:
         return self._uri
 
-    def list(self) -> Iterator[Found]:
+    def list(self) -> Iterator[tuple[str, int]]:
         """Name and length of each."""
-        return listing(self._uri)
+        return ((found.name, found.bytes) for found in listing(self._uri))
 
     def read(self, name: str, start: int) -> bytes:
         """One of them, from a byte on."""

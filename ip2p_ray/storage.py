@@ -208,6 +208,16 @@ def download(uri: str, folder: str | Path) -> None:
         objects.read_file(join(uri, name), path)
 
 
+def upload(folder: str | Path, uri: str) -> None:
+    """Every file of the folder, as an object below s3://...; each is whole when it is seen.
+
+    Raises:
+        StorageError: object storage refuses, or cannot be reached.
+    """
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        objects.write_file(join(uri, path.relative_to(folder).as_posix()), path)
+
+
 def opened(uri: str | Path) -> Any:
     """What `pyarrow.parquet` reads a file or an object from, by parts."""
     return objects.opened(str(uri)) if objects.is_object(uri) else local_path(uri)

@@ -42,11 +42,11 @@ def test_what_is_written_is_read_replaced_listed_and_deleted(bucket):
     assert objects.read(f"{uri}/a", 2) == b"cond"
     assert objects.size(f"{uri}/a") == 6
     assert objects.size(uri) is None
-    assert list(objects.listing(f"{uri}/")) == [("a", 6), ("b/c", 0)]
+    assert [found[:2] for found in objects.listing(f"{uri}/")] == [("a", 6), ("b/c", 0)]
     objects.remove([f"{uri}/a", f"{uri}/never"])
-    assert list(objects.listing(uri)) == [("b/c", 0)]
+    assert [found[:2] for found in objects.listing(uri)] == [("b/c", 0)]
     objects.remove_below(uri)
-    assert list(objects.listing(bucket)) == [("some/folder-2", 13)]
+    assert [found[:2] for found in objects.listing(bucket)] == [("some/folder-2", 13)]
     with pytest.raises(DatasetError, match=f"{uri}/a cannot be read: there is no such object"):
         objects.read(f"{uri}/a")
 
