@@ -281,6 +281,11 @@ class ObjectFolder:
         write(f"{self._uri}/{name}", data)
 
 
+def is_refusal(error: OSError) -> bool:
+    """Whether Arrow raised it because of what the store answered, or did not answer."""
+    return "AWS Error" in str(error)
+
+
 def opened(uri: str) -> pyarrow.NativeFile:
     """The object as a file that Arrow reads by parts.
 
