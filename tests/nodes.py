@@ -26,6 +26,7 @@ class Pools:
         self.nodes["head"] = [cluster.head_node]
         self.seen = defaultdict(set)
         """What ran on the nodes of each pool, by the titles of Ray's processes."""
+        self.drivers = []
 
     def add(self, pool, *, cpus=1, amount=1.0):
         """One more node of the pool."""
@@ -47,12 +48,21 @@ class Pools:
 
     def start(self, driver, *arguments, log):
         """The driver's process; what it says is added to the log."""
-        return subprocess.Popen(
+        started = subprocess.Popen(
             [sys.executable, driver, *map(str, arguments)],
             env={**os.environ, "RAY_ADDRESS": self.cluster.address},
             stdout=log.open("a"),
             stderr=subprocess.STDOUT,
         )
+        self.drivers.append(started)
+        return started
+
+    def close(self):
+        """Nothing is left running."""
+        for driver in self.drivers:
+            driver.kill()
+            driver.wait()
+        self.cluster.shutdown()
 
     def wait(self, driver, log, condition, seconds=600):
         """Until the condition comes true while the driver runs."""
@@ -106,7 +116,8 @@ def pools():
             connect=False,
             head_node_args={"num_cpus": 0, "include_dashboard": False},
         )
+        found = Pools(cluster)
         try:
-            yield Pools(cluster)
+            yield found
         finally:
-            cluster.shutdown()
+            found.close()
