@@ -10,11 +10,12 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 
-BOOKKEEPING = {
-    *("ray::Tally", "ray::Board", "ray::TrainController", "ray::_StatsActor"),
-    *("ray::AutoscalingCoordinatorActor", "ray::DatasetStatsActor", "ray::StatsActor"),
-}
-"""What may live beside the driver: it counts and decides, and holds no CPU."""
+BOOKKEEPING = (
+    *("Tally", "Board", "TrainController", "SynchronizationActor", "PlacementGroupCleaner"),
+    *("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"),
+    *("StatsSummaryActor", "_UsageCollectionActor", "_clean_pending_checkpoints_task"),
+)
+"""What of ours and of Ray's may live beside the driver: it counts and decides, and holds no CPU."""
 
 
 class Pools:
@@ -81,6 +82,12 @@ class Pools:
             self.look()
             time.sleep(0.05)
         assert driver.returncode == 0, log.read_text()[-3000:]
+
+    @property
+    def head_work(self):
+        """What ran on the head beside what only keeps books."""
+        books = tuple(f"ray::{name}" for name in BOOKKEEPING)
+        return {title for title in self.seen["head"] if not title.startswith(books)}
 
     def where(self, name):
         """The pools on which something of that name ran."""
