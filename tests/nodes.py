@@ -13,7 +13,8 @@ import pytest
 BOOKKEEPING = (
     *("Tally", "Board", "TrainController", "SynchronizationActor", "PlacementGroupCleaner"),
     *("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"),
-    *("StatsSummaryActor", "_UsageCollectionActor", "_clean_pending_checkpoints_task"),
+    *("_StatsSummaryActor", "_UsageCollectionActor", "_clean_pending_checkpoints_task"),
+    *("_get_arrow_schema_from_block", "PreemptionWatcher", "TrainStateActor"),
 )
 """What of ours and of Ray's may live beside the driver: it counts and decides, and holds no CPU."""
 
