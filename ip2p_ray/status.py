@@ -119,10 +119,15 @@ def status_of(uri: str, now: float) -> Status | None:
     return Status(**known)
 
 
-def lines(status: Status, now: float | None = None) -> list[str]:
-    """The status for people, a dataset's few lines."""
+def lines(found: Sequence[Status], now: float | None = None) -> list[str]:
+    """The statuses for people, some lines for each dataset; each is named by the end of its URI."""
     now = time.time() if now is None else now
-    told = [f"{status.dataset or 'dataset'}: {_headline(status, now)}", f"  at        {status.uri}"]
+    return [line for status in found for line in _lines(status, now)]
+
+
+def _lines(status: Status, now: float) -> list[str]:
+    *_, above, name = ("", *status.uri.rstrip("/").split("/"))
+    told = [f"{f'{above}/' if above == 'rejects' else ''}{name}: {_headline(status, now)}"]
     judged = (status.kept or 0) + sum(status.rejected.values())
     if status.kept is not None and judged:
         share = f" ({100 * status.kept / judged:.0f} %)"
@@ -131,8 +136,9 @@ def lines(status: Status, now: float | None = None) -> list[str]:
         told.append(f"  survival  kept {status.kept:,} of {judged:,}{share}{more}")
     if status.training is not None:
         told.append(f"  training  {_trained(status.training)}")
-    told.append(f"  time      {_times(status)}")
-    if status.busy:
+    if status.state != "whole":
+        told.append(f"  time      {_times(status)} so far")
+    if status.busy and status.state != "whole":
         busy = ", ".join(f"{name} {duration(seconds)}" for name, seconds in status.busy.items())
         told.append(f"  busy      {busy}")
     if status.state not in ("whole", "failed") and status.updated is not None:
@@ -246,9 +252,9 @@ def _left(note: Note | None, done: int | None, total: int | None) -> float | Non
 
 def _headline(status: Status, now: float) -> str:
     if status.state == "whole":
-        if status.training is not None:
-            return f"whole, {status.total or 0:,} steps"
-        return f"whole, {status.done:,} rows, {size(status.bytes)}" if status.bytes else "whole"
+        rows = f", {status.done:,} {status.unit}" if status.bytes or status.training else ""
+        weight = f", {size(status.bytes)}" if status.bytes else ""
+        return f"whole{rows}{weight}, made in {_times(status)}"
     ago = "" if status.updated is None else duration(now - status.updated)
     since = "" if status.updated is None else _clock(status.updated)
     told = {
@@ -268,7 +274,7 @@ def _headline(status: Status, now: float) -> str:
 
 
 def _times(status: Status) -> str:
-    told = duration(status.seconds) + ("" if status.state == "whole" else " so far")
+    told = duration(status.seconds)
     if status.attempts > 1:
         told += f" in {status.attempts} attempts"
     if status.device_seconds:

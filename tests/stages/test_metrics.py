@@ -100,7 +100,7 @@ def free_port():
 def prometheus(folder, target):
     """Prometheus on a port of its own, of which every file lies in the folder."""
     config = {
-        "global": {"scrape_interval": "1s"},
+        "global": {"scrape_interval": "2s", "scrape_timeout": "2s"},
         "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [target]}]}],
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
