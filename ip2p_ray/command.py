@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -41,6 +42,47 @@ def is_web_address(text: str) -> bool:
     except ValueError:
         return False
     return url.scheme in ("http", "https") and bool(url.hostname) and not set(text) & set(" \t\n")
+
+
+CustomResources = tuple[tuple[str, float], ...]
+"""Name and amount of each."""
+
+_RESERVED = ("CPU", "GPU", "memory", "object_store_memory")
+
+
+def custom_resources(flag: str, texts: Sequence[str]) -> CustomResources:
+    """Custom resources of a Ray cluster, of texts like generator=1, in the order of their names.
+
+    Raises:
+        ConfigError: one is not like that; the flag and what was given are named.
+    """
+    found = []
+    for text in texts:
+        name, _, amount = text.partition("=")
+        try:
+            found.append((name, float(amount)))
+        except ValueError as error:
+            raise ConfigError(f"{flag} {text}: give NAME=AMOUNT, such as generator=1") from error
+    require_resources(flag, found)
+    return tuple(sorted(found))
+
+
+def require_resources(flag: str, given: Sequence[tuple[str, float]]) -> None:
+    """Checks that they can be custom resources of an actor: each once, of no name of Ray's own.
+
+    Raises:
+        ConfigError: they cannot; the flag and what is wrong are named.
+    """
+    names = [name for name, _ in given]
+    for name, amount in given:
+        if not name or name != name.strip():
+            raise ConfigError(f"{flag} {name}={amount:g}: a resource has a name without blanks")
+        if name in _RESERVED:
+            raise ConfigError(f"{flag} {name}={amount:g}: {name} is Ray's own; it has flags")
+        if not (math.isfinite(amount) and amount >= 1e-4):  # Ray counts in ten thousandths
+            raise ConfigError(f"{flag} {name}={amount:g}: an amount is at least 0.0001")
+        if names.count(name) > 1:
+            raise ConfigError(f"{flag} names {name} more than once")
 
 
 def require_uri(flag: str, uri: str | Path, *, written: bool = False) -> None:

@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -51,6 +51,8 @@ class Found(NamedTuple):
     name: str
     """What follows the URI and its slash."""
     bytes: int
+    tag: str = ""
+    """What changes whenever the object does."""
 
 
 def is_object(uri: object) -> bool:
@@ -182,9 +184,12 @@ def remove(uris: Iterable[str]) -> None:
 
 
 def remove_below(uri: str) -> None:
-    """Deletes all objects below a URI."""
-    base = uri.rstrip("/")
-    remove(f"{base}/{found.name}" for found in listing(uri))
+    """Deletes all objects below a URI, and those that consoles and Arrow make for folders."""
+    bucket, key = split(uri)
+    with _told(uri):
+        pages = _s3().get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
+            _delete(bucket, [item["Key"] for item in page.get("Contents", ())])
 
 
 def listing(uri: str) -> Iterator[Found]:
@@ -197,7 +202,7 @@ def listing(uri: str) -> Iterator[Found]:
             for item in page.get("Contents", ()):
                 name = item["Key"].removeprefix(prefix)
                 if name and not name.endswith("/"):  # what consoles make for an empty folder
-                    yield Found(name, int(item["Size"]))
+                    yield Found(name, int(item["Size"]), str(item["ETag"]))
 
 
 def abort_uploads(uri: str) -> int:
@@ -263,9 +268,9 @@ class ObjectFolder:
     def __str__(self) -> str:
         return self._uri
 
-    def list(self) -> Iterator[Found]:
+    def list(self) -> Iterator[tuple[str, int]]:
         """Name and length of each."""
-        return listing(self._uri)
+        return ((found.name, found.bytes) for found in listing(self._uri))
 
     def read(self, name: str, start: int) -> bytes:
         """One of them, from a byte on."""
@@ -310,9 +315,15 @@ def _item(uri: str) -> dict[str, Any] | None:
 
 def _remove(uris: list[str]) -> None:
     bucket, _ = split(uris[0])
-    keys = [{"Key": split(uri)[1]} for uri in uris]
     with _told(uris[0]):
-        answer = _s3().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+        _delete(bucket, [split(uri)[1] for uri in uris])
+
+
+def _delete(bucket: str, keys: Sequence[str]) -> None:
+    if not keys:
+        return
+    named = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+    answer = _s3().delete_objects(Bucket=bucket, Delete=named)
     for failed in answer.get("Errors", ())[:1]:
         raise StorageError(
             f"{SCHEME}{bucket}/{failed['Key']} cannot be deleted: {failed.get('Message')}"

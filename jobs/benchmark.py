@@ -10,6 +10,8 @@
     python jobs/benchmark.py training --sd15 --device cuda --bf16 --batch-size 64
     python jobs/benchmark.py editor --json editor.json --plot editor.html
     python jobs/benchmark.py editor --sd15 --device cuda --dtype float16
+    ray job submit --working-dir . --entrypoint-num-gpus 1 -- python jobs/benchmark.py pairs \
+        --sd15 --device cuda --dtype bfloat16 --json /shared/pairs.json
 
 `triplets` writes triplets of made-up captions against the shipped server, which answers after
 --delay seconds. `pairs` makes the same candidates in the reference's way and in ours. `options`

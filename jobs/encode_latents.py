@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import loading, require_uri
+from ip2p_ray.command import custom_resources, loading, require_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,8 @@ class EncodeLatents:
     """GPUs of each of them; 0 encodes on the CPU."""
     cpus: float = 0.5
     """Logical CPUs of each of them."""
+    actor_resources: tuple[str, ...] = ()
+    """Custom resources of each of them, such as encoder=1: they stay on nodes that have some."""
     batch_size: int = 16
     """Pairs at a time of each of them."""
 
@@ -76,6 +78,7 @@ class EncodeLatents:
             raise ValueError("--gpus and --cpus are not negative")
         if self.dtype == "float16" and not self.gpus:
             raise ValueError("--dtype float16 is for GPUs; on a CPU take float32 or bfloat16")
+        custom_resources("--actor-resources", self.actor_resources)
         require_uri("--pairs", self.pairs)
         require_uri("--out", self.out, written=True)
 
@@ -105,6 +108,7 @@ def _encode(job: EncodeLatents) -> None:
             gpus=job.gpus,
             cpus=job.cpus,
             batch_size=job.batch_size,
+            custom=custom_resources("--actor-resources", job.actor_resources),
         ),
     }
     storage.require_manifest(pairs)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import loading, require_uri
+from ip2p_ray.command import custom_resources, loading, require_uri
 
 OF_THE_PAIRS = (
     *("resolution", "steps", "sampler", "candidates", "self_replace", "guidance_scale"),
@@ -110,6 +110,9 @@ class GeneratePairs:
     """Further processes that generate without a GPU, beside those with one."""
     cpu_actor_cpus: float = 4.0
     """Logical CPUs of each of those."""
+    actor_resources: tuple[str, ...] = ()
+    """Custom resources of each process that generates, such as generator=1: it stays on nodes that
+    have them."""
     judge_actors: int | None = None
     """Processes that judge; 0 judges in the processes that generate, so that pictures of rejects go
     nowhere. By default 0 where an option below wants it, or a triplet's pictures are too large to
@@ -120,6 +123,8 @@ class GeneratePairs:
     """Logical CPUs of each of them."""
     judge_gpus: float = 0.0
     """GPUs of each of them, a fraction where they share one."""
+    judge_resources: tuple[str, ...] = ()
+    """Custom resources of each of them, such as clip=1."""
     judge_batch: int = 32
     """Candidates that each of them judges at a time."""
     stop_early: float | None = None
@@ -160,10 +165,13 @@ class GeneratePairs:
         if self.judge_actors and options:
             flag = f"--{options[0].replace('_', '-')}"
             raise ValueError(f"{flag} needs --judge-actors 0: what is spared, the judge decides")
-        if self.judge_actors == 0 and (self.judge_gpus or self.most_judges or self.compile):
+        of_judges = self.judge_gpus or self.most_judges or self.judge_resources
+        if self.judge_actors == 0 and (of_judges or self.compile):
             raise ValueError("--judge-actors 0 judges where pictures are made, and cannot compile")
         if min(self.gpus, self.judge_gpus, self.cpus, self.cpu_actor_cpus, self.judge_cpus) < 0:
             raise ValueError("GPUs and CPUs of processes are not negative")
+        custom_resources("--actor-resources", self.actor_resources)
+        custom_resources("--judge-resources", self.judge_resources)
         if not 0 <= self.max_reject_share <= 1:
             raise ValueError("--max-reject-share lies in [0, 1]")
         require_uri("--triplets", self.triplets)
@@ -235,7 +243,7 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
     options = SearchConfig(**_given({name: getattr(job, name) for name in OF_THE_SEARCH}))
     judge_actors = job.judge_actors
     if judge_actors is None:
-        wanted = job.compile or job.judge_gpus or job.most_judges
+        wanted = job.compile or job.judge_gpus or job.most_judges or job.judge_resources
         carried = triplet_bytes(config) <= BLOCK_BYTES
         judge_actors = 1 if wanted or (carried and options == SearchConfig()) else 0
     judges = Resources(
@@ -244,6 +252,7 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
         cpus=job.judge_cpus,
         gpus=job.judge_gpus,
         batch_size=job.judge_batch,
+        custom=custom_resources("--judge-resources", job.judge_resources),
     )
     making = Making(
         generator=GeneratorWeights(
@@ -264,6 +273,7 @@ def _settings(job: GeneratePairs) -> tuple[Any, Any]:
             cpus=job.cpus,
             cpu_actors=job.cpu_actors,
             cpu_actor_cpus=job.cpu_actor_cpus,
+            custom=custom_resources("--actor-resources", job.actor_resources),
         ),
         judges=judges if judge_actors else None,
         options=options,

@@ -33,7 +33,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import is_web_address, require_place
+from ip2p_ray.command import custom_resources, is_web_address, require_place
 
 NOT_LOCAL = (
     "journal",
@@ -67,7 +67,8 @@ class WriteTriplets:
     """What runs the model of --writer local; auto takes vLLM where it is installed, for a --model
     with whole --gpus."""
     model: str | None = None
-    """The server's name of it; or a transformers folder, by default the miniature's writer."""
+    """The server's name of it; or a transformers folder, here or s3://..., by default the
+    miniature's writer."""
     base_url: str = "https://api.openai.com/v1"
     """Of the server's API, to the version: hosted, vLLM, Ollama, `transformers serve`."""
     api_key_env: str = "OPENAI_API_KEY"
@@ -94,6 +95,8 @@ class WriteTriplets:
     """Processes that ask, or that hold the local model."""
     gpus: float = 0.0
     """GPUs of each actor of --writer local."""
+    actor_resources: tuple[str, ...] = ()
+    """Custom resources of each actor, such as writer=1: it stays on nodes that have some."""
     requests_per_minute: float | None = None
     """Of all actors together, retries included."""
     tokens_per_minute: float | None = None
@@ -122,7 +125,13 @@ class WriteTriplets:
         if self.writer == "local" and told.intersection(NOT_LOCAL):
             flag = next(name for name in NOT_LOCAL if name in told).replace("_", "-")
             raise ValueError(f"--{flag} is of --writer openai, and --writer local has none")
-        if self.writer == "local" and self.model and not Path(self.model).is_dir():
+        in_bucket = (self.model or "").startswith("s3://")
+        if (
+            self.writer == "local"
+            and self.model
+            and not in_bucket
+            and not Path(self.model).is_dir()
+        ):
             raise ValueError(f"--model {self.model}: there is no such folder")
         if not is_web_address(self.base_url):
             raise ValueError("--base-url is like https://host/v1")
@@ -151,6 +160,7 @@ class WriteTriplets:
             raise ValueError("--seed lies in [0, 2**63)")
         if not (0 <= self.held_out < 1 and 0 <= self.max_no_reply <= 1):
             raise ValueError("--held-out lies in [0, 1), --max-no-reply in [0, 1]")
+        custom_resources("--actor-resources", self.actor_resources)
 
 
 def main(job: WriteTriplets) -> int:
@@ -204,6 +214,7 @@ def _ask(job: WriteTriplets) -> None:
         actors=job.actors,
         concurrency=job.concurrency,
         max_no_reply=job.max_no_reply,
+        custom=custom_resources("--actor-resources", job.actor_resources),
     )
     examples = load_examples(job.examples) if job.form == "chat" and job.shots else []
     captions = storage.absolute(job.captions)
@@ -215,7 +226,8 @@ def _ask(job: WriteTriplets) -> None:
             require_place("--journal", storage.local_path(journal), folder=True)
         with replies.journal_held(journal, out):
             replies.check(captions, out, config, examples=examples, endpoint=asking.endpoint)
-            with run.ray_to_make(storage.join(out, "replies"), workers=job.actors):
+            held = run.Resources(actors=job.actors, custom=asking.custom)
+            with run.ray_to_make(storage.join(out, "replies"), workers=job.actors, actors=[held]):
                 made = ask_triplets(
                     captions,
                     out,
@@ -231,6 +243,8 @@ def _write(job: WriteTriplets) -> None:
     """By a causal LM in this cluster."""
     from ip2p_ray import presets, storage
     from ip2p_ray.clip import Clip
+    from ip2p_ray.copies import local_folder
+    from ip2p_ray.errors import ConfigError
     from ip2p_ray.miniature.weights import WEIGHTS
     from ip2p_ray.stages import replies, run, vllm_writer
     from ip2p_ray.stages.triplets import TripletConfig, write_triplets
@@ -239,26 +253,41 @@ def _write(job: WriteTriplets) -> None:
     captions = storage.absolute(job.captions)
     replies.require_captions(captions)
     engine = vllm_writer.chosen(job.engine, model=job.model, gpus=job.gpus)
-    writer = Path(job.model or WEIGHTS / "writer").absolute()
+    writer = storage.absolute(job.model or WEIGHTS / "writer")
+    if engine == "vllm" and not storage.is_local(writer):
+        raise ConfigError(
+            f"vLLM wants a folder that its nodes have: copy {writer} there, or take "
+            "--engine transformers"
+        )
+    here = Path(local_folder(writer))
     if engine == "transformers":
-        LocalWriter.load(writer)  # or a sentence that says what is wrong with it
+        LocalWriter.load(here)  # or a sentence that says what is wrong with it
     judge = None if job.model else str(WEIGHTS / "judge")
     models = {
-        "writer": presets.folder_fingerprint(writer),
+        "writer": presets.folder_fingerprint(here),
         "judge": Clip.load(judge).fingerprint() if judge else "openai",
     }
     out = storage.absolute(job.out)
-    with run.locked(out), run.ray_to_make(storage.join(out, "replies"), workers=job.actors):
+    resources = run.Resources(
+        actors=job.actors,
+        batch_size=job.concurrency,
+        gpus=job.gpus,
+        cpus=0.5,
+        custom=custom_resources("--actor-resources", job.actor_resources),
+    )
+    replies_at = storage.join(out, "replies")
+    with (
+        run.locked(out),
+        run.ray_to_make(replies_at, workers=job.actors, actors=[resources]),
+    ):
         made = write_triplets(
             captions,
             out,
             TripletConfig(seed=job.seed, held_out=job.held_out),
-            writer=str(writer),
+            writer=writer,
             judge=judge,
             models=models,
-            resources=run.Resources(
-                actors=job.actors, batch_size=job.concurrency, gpus=job.gpus, cpus=0.5
-            ),
+            resources=resources,
             engine=engine,
         )
     _tell(job, made.rows)

@@ -35,6 +35,10 @@ class ServiceConfig(BaseModel):
     """GPUs that each replica holds."""
     num_cpus: float = Field(default=1.0, ge=0)
     """CPUs that each replica holds."""
+    resources: dict[str, float] = {}
+    """Custom resources that each replica holds: it stays on nodes that have some."""
+    front_resources: dict[str, float] = {}
+    """The same of each of `fronts`."""
     threads: int = Field(default=1, ge=1)
     """Of torch in a step; on a CPU two more threads encode and decode."""
     batch_size: int = Field(default=8, ge=1)
@@ -154,7 +158,11 @@ def application(config: ServiceConfig, replica: type[Any] = EditorReplica) -> Ap
             downscale_delay_s=config.downscale_delay_s,
             look_back_period_s=config.look_back_s,
         ),
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "resources": config.resources,
+        },
     )
     front = deployment(Front).options(
         name="Front",
@@ -164,7 +172,7 @@ def application(config: ServiceConfig, replica: type[Any] = EditorReplica) -> Ap
         # a replica's requests are sent again, what a front has begun is lost with it
         graceful_shutdown_timeout_s=max(config.drain_s, config.deadline_s),
         graceful_shutdown_wait_loop_s=0.5,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "resources": config.front_resources},
         logging_config={"enable_access_log": False},
     )
     return front.bind(

@@ -20,7 +20,7 @@ class Payload:
 
 def pickled(marker):
     """The bytes of a pickle that makes the marker."""
-    return pickle.dumps(Payload(marker))
+    return pickle.dumps(Payload(marker), protocol=2)
 
 
 class _Unpickling(pa.ExtensionScalar):

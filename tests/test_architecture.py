@@ -40,7 +40,10 @@ LINES = (
         ),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
-    {"storage", "objects", "lease", "mirror", "notes", "status"},
+    {
+        *("storage", "objects", "lease", "mirror", "copies"),
+        *("notes", "status", "estimate", "completeness"),
+    },
     {"stages"},
     {"benchmark"},
     {"jobs", "serve"},
@@ -167,6 +170,81 @@ def test_only_one_module_replaces_files_and_folders():
     }
     assert not found
     assert renamings("import os\nos.rename(a, b)\nPath(a).rename(b)\nmkdtemp()") == [2, 3, 4]
+
+
+GUARDED = {
+    **dict.fromkeys(("ParquetFile", "read_table", "read_schema", "read_metadata"), "parquet"),
+    **dict.fromkeys(("open_file", "open_stream", "ParquetDataset", "read_pandas"), "parquet"),
+    **dict.fromkeys(("torch.load", "jit.load", "pickle.load", "pickle.loads"), "model_files"),
+    **dict.fromkeys(("cloudpickle.loads", "joblib.load", "np.load", "numpy.load"), "nothing"),
+}
+"""Calls that can run what is in a file, by the end of their names, and the module that may."""
+
+WITH_CODE = ("AutoTokenizer", "AutoConfig", "AutoModel", "loader")
+"""Of transformers, whose from_pretrained would run code that a folder brings, if it is let."""
+
+
+def unguarded(source: str, part: str) -> list[str]:
+    """A sentence for each call that reads what others wrote past its guard."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        owner = ast.unparse(node.func.value)
+        given = {ast.unparse(word.value) for word in node.keywords if word.arg is None}
+        where = f"{part}:{node.lineno} calls {owner}.{node.func.attr}"
+        for name in (node.func.attr, f"{owner}.{node.func.attr}"):
+            allowed = GUARDED.get(name, part)
+            if not is_in(part, (allowed,)) and owner not in ("parquet", "storage"):
+                found.append(f"{where}: only {allowed} does")
+        if node.func.attr == "from_pretrained":
+            if not owner.endswith(("Tokenizer", "Config")) and "SAFETENSORS" not in given:
+                found.append(f"{where} without SAFETENSORS")
+            if owner in WITH_CODE and not given & {"NO_CODE"}:
+                found.append(f"{where} without NO_CODE")
+    return found
+
+
+def test_files_of_others_are_read_where_they_are_checked():
+    found = [
+        sentence
+        for module, path in modules()
+        if not is_in(part_of(module), (TESTING, "serve"))
+        for sentence in unguarded(path.read_text("utf-8"), part_of(module))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "pq.ParquetFile(path)",
+        "pq.read_table(path)",
+        "pa.ipc.open_file(source)",
+        "torch.load(path)",
+        "pickle.loads(data)",
+        "np.load(path)",
+        "AutoencoderKL.from_pretrained(folder)",
+        "AutoTokenizer.from_pretrained(folder)",
+        "AutoModel.from_pretrained(folder, **SAFETENSORS)",
+    ],
+)
+def test_a_planted_reader_is_caught(call):
+    assert len(unguarded(call, "stages.pairs")) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "part"),
+    [
+        ("pq.ParquetFile(path)", "parquet"),
+        ("parquet.read_table(path)", "stages.pairs"),
+        ("torch.load(path, weights_only=True)", "model_files"),
+        ("AutoModel.from_pretrained(folder, **SAFETENSORS, **NO_CODE)", "dino"),
+        ("CLIPTokenizer.from_pretrained(folder)", "dino"),
+    ],
+)
+def test_a_guarded_reader_passes(call, part):
+    assert unguarded(call, part) == []
 
 
 @pytest.mark.parametrize("name", ["utils", "common", "helpers", "misc", "core", "manager"])

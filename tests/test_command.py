@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ip2p_ray.command import loading, require_place, require_uri
+from ip2p_ray.command import custom_resources, loading, require_place, require_uri
 from ip2p_ray.errors import ConfigError
 
 
@@ -98,3 +98,28 @@ def test_a_submitted_job_wants_an_absolute_place(tmp_path, monkeypatch):
     require_place("--out", tmp_path / "runs", folder=True)
     monkeypatch.chdir(tmp_path)
     require_place("--out", Path("runs/q"), folder=True)
+
+
+def test_custom_resources_are_read_in_the_order_of_their_names():
+    assert custom_resources("--flag", ()) == ()
+    found = custom_resources("--flag", ("generator=1", "big=0.25"))
+    assert found == (("big", 0.25), ("generator", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        (["generator"], "--flag generator: give NAME=AMOUNT"),
+        (["generator=many"], "--flag generator=many: give NAME=AMOUNT"),
+        (["=1"], "without blanks"),
+        (["a =1"], "without blanks"),
+        (["memory=1"], "memory is Ray's own"),
+        (["a=0"], "--flag a=0: an amount is at least 0.0001"),
+        (["a=nan"], "an amount is at least"),
+        (["a=inf"], "an amount is at least"),
+        (["a=1", "a=2"], "--flag names a more than once"),
+    ],
+)
+def test_custom_resources_that_cannot_be_are_told(texts, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        custom_resources("--flag", texts)

@@ -110,7 +110,7 @@ def judged(dataset: str, verdicts: Mapping[str | None, int] | Mapping[str, int])
 def reported(report: Report) -> None:
     """The verdicts of a dataset that is whole, unless its actors counted them."""
     if ray.is_initialized() and report.stage not in JUDGED_BY_ACTORS:
-        judged(report.stage, {None: report.rows_out})
+        judged(report.stage, {KEPT: report.rows_out})
         judged(report.stage, report.rejected)
 
 

@@ -73,7 +73,7 @@ def piped(
 
 def bare(triplets: str, folder: str, config: PairConfig, making: Making) -> Span:
     """The same candidates by one generator in a loop of its own process, without a judge."""
-    task: Any = ray.remote(num_cpus=making.generators.cpus, num_gpus=making.generators.gpus)(_loop)
+    task: Any = ray.remote(**making.generators.of_task)(_loop)
     log = Path(folder) / "bare.jsonl"
     began = time.monotonic()
     ray.get(task.remote(triplets, str(log), config, making))

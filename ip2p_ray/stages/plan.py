@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 16 << 20
 TASK_CPUS = 0.25
+FILTER_CPUS = 1.0
+"""Of the actor in which Ray Data leaves out what an earlier run wrote; it cannot be told less."""
 
 _LAST_WORDS_S = 10.0
 _READERS = 16  # of shards in a bucket, at a time
@@ -134,6 +136,9 @@ def stream(
         verdicts=judged.of(storage.list_shards(uri)) if judged and already else None,
         more=partial(metrics.rows_made, dataset),
     )
+    warning = cpus_lacking(steps, resumes=already > 0)
+    if warning is not None:
+        logger.warning("%s: %s", progress.stage, warning)
     context = _context(key, resume)
     if patient or any(isinstance(step, Step) and step.blocks for step in steps):
         context.execution_no_progress_timeout_s = -1  # who waits for others has timeouts of its own
@@ -172,6 +177,24 @@ def stream(
     return {**peaks, **actors}
 
 
+def cpus_lacking(
+    steps: Sequence[Step | Callable[[Any], Any]], *, resumes: bool = False
+) -> str | None:
+    """What a person should know if reading and writing find no CPU; Ray would wait without a word.
+
+    A plan that `resumes` has an actor more, which holds a whole CPU.
+    """
+    have = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+    held = sum(step.resources.all_cpus for step in steps if isinstance(step, Step))
+    held += FILTER_CPUS if resumes else 0.0
+    if held + TASK_CPUS <= have:
+        return None
+    return (
+        f"the actors hold {held:g} CPUs and reading and writing want {TASK_CPUS:g}, the cluster "
+        f"has {have:g}; it waits until that has grown"
+    )
+
+
 def _sent(
     data: Any,
     step: Step | Callable[[Any], Any],
@@ -190,6 +213,8 @@ def _sent(
         actor = watched(actor, verdicts)
         arguments = {**arguments, "watching": tally, "about": logs.names()}
     options: dict[str, Any] = {"num_gpus": resources.gpus} if resources.gpus else {}
+    if resources.custom:
+        options["resources"] = dict(resources.custom)
     if resources.cpu_actors:
         options["ray_remote_args_fn"] = _Mixed(resources)
     return data.map_batches(
@@ -215,7 +240,10 @@ def _pool(resources: run.Resources, blocks: int, calls: int | None) -> Any:
 
 
 class _Mixed:
-    """What the next actor of a mixed pool holds: those without a GPU are begun first."""
+    """What the next actor of a mixed pool holds: those without a GPU are begun first.
+
+    What all of them hold, custom resources, Ray Data adds.
+    """
 
     def __init__(self, resources: run.Resources) -> None:
         self._resources, self._begun = resources, 0
@@ -250,7 +278,7 @@ def _context(key: str, resume: str) -> Any:
 @contextmanager
 def counted(progress: Progress, *, every_s: float = HEARTBEAT_S) -> Iterator[Any]:
     """A Tally whose `add` advances the progress, which is shown while the block runs."""
-    tally = Tally.remote()  # type: ignore[attr-defined]
+    tally = run.beside_driver(Tally).remote()
     before, warned = progress.done, 0
     asked: list[Any] = []
 
@@ -308,7 +336,7 @@ def _noted(resume: str) -> int:
 
 def count_rows(shards: Iterable[str | Path]) -> int:
     """The rows of Parquet files, from their footers."""
-    return sum(storage.row_counts(shards))
+    return sum(storage.row_counts(list(shards)))
 
 
 def _remove_duplicates(uri: str, key: str, rows: int) -> None:

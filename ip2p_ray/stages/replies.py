@@ -25,6 +25,7 @@ import ray
 
 from ip2p_ray import errors, lease, parquet, storage
 from ip2p_ray.captions import surely_fits
+from ip2p_ray.command import CustomResources
 from ip2p_ray.errors import (
     BudgetError,
     ConfigError,
@@ -89,6 +90,8 @@ class Asking:
 
     Without one, as of a journal in a bucket, nobody waits for the actors of a killed run.
     """
+    custom: CustomResources = ()
+    """Custom resources of each actor, a pair of name and amount."""
 
     def __post_init__(self) -> None:
         if self.actors < 1 or self.concurrency < 1:
@@ -340,7 +343,10 @@ def ask_replies(
             callable=AskReplies,
             arguments={"config": config, "examples": examples, "asking": asking, "limits": limits},
             resources=run.Resources(
-                actors=asking.actors, cpus=plan.TASK_CPUS, batch_size=-(-block // _BATCHES)
+                actors=asking.actors,
+                cpus=plan.TASK_CPUS,
+                batch_size=-(-block // _BATCHES),
+                custom=asking.custom,
             ),
             # so many captions at hand that none of the slots waits for the end of a block
             blocks=max(2, -(-4 * asking.concurrency // block)),
@@ -429,7 +435,7 @@ def _limits(asking: Asking, spent: Usage) -> Any:
     caps = (told.requests_per_minute, told.tokens_per_minute, told.max_tokens, told.max_usd)
     if not any(cap is not None for cap in caps):
         return None
-    made: Any = SharedLimits
+    made = run.beside_driver(SharedLimits)
     calls = 2 * asking.actors * asking.concurrency + 16
     return made.options(max_concurrency=calls).remote(told, spent)
 

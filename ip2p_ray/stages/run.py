@@ -17,10 +17,12 @@ from typing import Any
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ip2p_ray
 from ip2p_ray import lease, logs, notes, storage
 from ip2p_ray.atomic import remove_leftovers
+from ip2p_ray.command import CustomResources, require_resources
 from ip2p_ray.errors import (
     BudgetError,
     ConfigError,
@@ -67,8 +69,12 @@ class Resources:
     """Further ones that hold no GPU, beside those that do: a mixed pool."""
     cpu_actor_cpus: float = 1.0
     """Logical CPUs of each of those."""
+    custom: CustomResources = ()
+    """Custom resources of each actor, a pair of name and amount: they keep it to the nodes that
+    declare them (`ray start --resources`)."""
 
     def __post_init__(self) -> None:
+        require_resources("custom", self.custom)
         if self.actors < 1 or self.batch_size < 1:
             raise ConfigError(
                 f"actors and batch_size are at least 1, got {self.actors} and {self.batch_size}"
@@ -92,6 +98,25 @@ class Resources:
     def all_cpus(self) -> float:
         """Logical CPUs of all actors that there are at least."""
         return self.actors * self.cpus + self.cpu_actors * self.cpu_actor_cpus
+
+    @property
+    def of_task(self) -> dict[str, Any]:
+        """What a task of Ray is told that runs where such an actor would."""
+        held = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        return {**held, **({"resources": dict(self.custom)} if self.custom else {})}
+
+    @property
+    def of_worker(self) -> dict[str, float]:
+        """The same as Ray Train and nodes name it: CPU, GPU, custom ones."""
+        held = {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+        return {**held, **dict(self.custom)}
+
+    @property
+    def in_all(self) -> dict[str, float]:
+        """GPUs and custom resources of all actors that there are at least."""
+        held = {"GPU": self.actors * self.gpus} if self.gpus else {}
+        every = self.actors + self.cpu_actors
+        return {**held, **{name: every * amount for name, amount in self.custom}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +148,7 @@ def local_ray(
     the `actors`, and in its object store for at least `store_bytes`, as far as memory goes.
 
     Raises:
-        ConfigError: there are not as many GPUs as the actors hold.
+        ConfigError: there are not as many GPUs, or custom resources, as the actors hold.
     """
     cpus = sum(held.all_cpus for held in actors)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -144,7 +169,7 @@ def local_ray(
         # Whatever fails is raised as well; Ray would log it with its traceback before.
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        _require_gpus(actors)
+        _require_held(actors)
         yield
     finally:
         ray.shutdown()
@@ -154,29 +179,37 @@ def _free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _require_gpus(actors: Sequence[Resources]) -> None:
+def _require_held(actors: Sequence[Resources]) -> None:
     """Checks that the actors can be placed: Ray would wait for ever without a word.
 
     A cluster of RAY_ADDRESS may grow, so there it is only told.
     """
-    wanted = sum(held.actors * held.gpus for held in actors)
-    have = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
-    if wanted <= have:
-        return
-    each = " + ".join(f"{held.actors} x {held.gpus:g}" for held in actors if held.gpus)
-    told = f"the actors want {wanted:g} GPUs ({each}), the cluster has {have:g}"
-    if "RAY_ADDRESS" not in os.environ:
-        raise ConfigError(f"{told}: fewer actors, or a smaller share of a GPU for each")
-    logger.warning("%s; they wait until it has grown", told)
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name in dict.fromkeys(name for held in actors for name in held.in_all):
+        every = [
+            (held.in_all[name], held.of_worker[name]) for held in actors if name in held.in_all
+        ]
+        amount, there = sum(all_of for all_of, _ in every), have.get(name, 0.0)
+        if amount <= there:
+            continue
+        each = " + ".join(f"{all_of / one:g} x {one:g}" for all_of, one in every)
+        what = "GPUs" if name == "GPU" else f"of the custom resource {name}"
+        told = f"the actors want {amount:g} {what} ({each}), the cluster has {there:g}"
+        if "RAY_ADDRESS" in os.environ:
+            logger.warning("%s; they wait until it has grown", told)
+        elif name == "GPU":
+            raise ConfigError(f"{told}: fewer actors, or a smaller share of a GPU for each")
+        else:
+            raise ConfigError(f"{told}: only nodes of a cluster (RAY_ADDRESS) can have some")
 
 
 @contextmanager
-def ray_to_make(uri: str, *, workers: int) -> Iterator[None]:
+def ray_to_make(uri: str, *, workers: int, actors: Sequence[Resources] = ()) -> Iterator[None]:
     """`local_ray` for the block, or nothing where the dataset lies whole already."""
     if storage.exists(storage.join(uri, storage.MANIFEST)):
         yield
     else:
-        with local_ray(workers=workers):
+        with local_ray(workers=workers, actors=actors):
             yield
 
 
@@ -421,8 +454,24 @@ def in_task(resources: Resources, work: Callable[..., Any], *arguments: Any) -> 
     Raises:
         Ip2pError: as the function.
     """
-    task: Any = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=0)(work)
+    task: Any = ray.remote(**resources.of_task, max_retries=0)(work)
     try:
         return ray.get(task.remote(*arguments))
     except ray.exceptions.RayTaskError as error:
         raise own_error(error) or error from None
+
+
+def nodes_for(resources: Resources) -> int:
+    """How many nodes could hold at least one such actor, if nothing else were there."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return sum(
+        all(node["Resources"].get(name, 0.0) >= held for name, held in resources.of_worker.items())
+        for node in nodes
+        if node["Alive"]
+    )
+
+
+def beside_driver(actor: Any) -> Any:
+    """The actor class, whose actors live on the driver's node: a lost one takes none of them."""
+    here = ray.get_runtime_context().get_node_id()
+    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True))

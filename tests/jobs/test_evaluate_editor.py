@@ -35,7 +35,7 @@ FLAGS = {
         "--resamples",
     ),
     *("--shown", "--dtype", "--actors", "--gpus", "--cpus", "--batch-size"),
-    "--tasks-at-a-time",
+    *("--tasks-at-a-time", "--actor-resources"),
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
 

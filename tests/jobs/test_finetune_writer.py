@@ -40,6 +40,7 @@ FLAGS = {
     "--learning-rate",
     "--workers",
     "--gpus",
+    "--worker-resources",
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
 

@@ -51,6 +51,7 @@ FLAGS = {
     "--moderation",
     "--concurrency",
     "--actors",
+    "--actor-resources",
     "--gpus",
     "--requests-per-minute",
     "--tokens-per-minute",

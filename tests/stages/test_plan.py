@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from ip2p_ray import storage
 from ip2p_ray.errors import ModelError, StageError
@@ -158,6 +159,19 @@ def test_what_actors_warn_of_is_told_once_and_their_memory_at_the_end(
     assert caplog.messages == ["out: 8 at a time do not fit"]
     assert list(peaks) == ["driver", "object store", "Warn"]
     assert min(peaks["driver"], peaks["Warn"]) > 50e6
+
+
+def test_a_cluster_whose_actors_hold_every_cpu_is_told_of(local_ray, tmp_path):
+    have = ray.cluster_resources()["CPU"]
+
+    def lacking(cpus, resumes=False):
+        held = run.Resources(actors=2, cpus=cpus / 2)
+        return plan.cpus_lacking([replace(note(tmp_path), resources=held)], resumes=resumes)
+
+    assert lacking(have - plan.TASK_CPUS) is None
+    assert f"hold {have:g} CPUs and reading and writing want 0.25" in lacking(have)
+    assert lacking(have - 1) is None
+    assert f"the cluster has {have:g}; it waits" in lacking(have - 1, resumes=True)
 
 
 def parity(table):

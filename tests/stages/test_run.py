@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,12 +215,36 @@ def test_the_own_error_of_one_worker_is_found_behind_those_of_others():
     assert str(run.own_error(error)) == "the cause"
 
 
-@pytest.mark.parametrize("changes", [{"actors": 0}, {"batch_size": 0}, {"cpus": -1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"actors": 0}, {"batch_size": 0}, {"cpus": -1}, {"custom": (("CPU", 1.0),)}],
+)
 def test_resources_that_cannot_be_are_refused(changes):
     with pytest.raises(ConfigError):
         run.Resources(**changes)
 
 
 def test_what_travels_to_workers_can_be_pickled():
-    for value in (ORIGIN, run.Resources()):
+    for value in (ORIGIN, run.Resources(), run.Resources(custom=(("clip", 1.0),))):
         assert pickle.loads(pickle.dumps(value)) == value
+
+
+def test_custom_resources_are_held_by_every_actor_of_a_mixed_pool():
+    held = run.Resources(actors=2, gpus=0.5, cpu_actors=3, custom=(("generator", 0.25),))
+    assert held.in_all == {"GPU": 1.0, "generator": 1.25}
+    assert held.of_worker == {"CPU": 0.5, "GPU": 0.5, "generator": 0.25}
+    assert held.of_task == {"num_cpus": 0.5, "num_gpus": 0.5, "resources": {"generator": 0.25}}
+    assert hash(held) == hash(replace(held))
+
+
+@pytest.mark.ray
+def test_a_local_ray_has_no_custom_resources_and_says_so(local_ray, monkeypatch, caplog):
+    held = run.Resources(actors=2, custom=(("generator", 1.0),))
+    told = "want 2 of the custom resource generator (2 x 1), the cluster has 0"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        run._require_held([run.Resources(), held])
+    monkeypatch.setenv("RAY_ADDRESS", "a cluster that may grow")
+    with caplog.at_level("WARNING", logger="ip2p_ray"):
+        run._require_held([run.Resources(), held])
+    assert told in caplog.text
