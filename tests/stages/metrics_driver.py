@@ -26,7 +26,11 @@ from ip2p_ray.triplets.writer import WriterConfig
 def main(weights: str, folder: str, endpoint: str) -> None:
     """The flow in the folder, replies in <folder>/asked."""
     preset = presets.miniature(Path(weights))
-    preset = replace(preset, training=replace(preset.training, steps=9, batch_size=4))
+    preset = replace(
+        preset,
+        pairs=replace(preset.pairs, keep=1),  # so that candidates are rejected
+        training=replace(preset.training, steps=9, batch_size=4),
+    )
     questions = EvaluationConfig(tasks=3, shown=2, curve_tasks=2, image_guidance_scales=(1.0, 1.5))
     asking = Asking(
         journal=f"{folder}/asked/journal",
