@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,14 +121,25 @@ def status_of(uri: str, now: float) -> Status | None:
 
 
 def lines(found: Sequence[Status], now: float | None = None) -> list[str]:
-    """The statuses for people, some lines for each dataset; each is named by the end of its URI."""
+    """The statuses for people, some lines for each dataset, which is named by its place."""
     now = time.time() if now is None else now
-    return [line for status in found for line in _lines(status, now)]
+    return [
+        line
+        for status, name in zip(found, _names(found), strict=True)
+        for line in [f"{name}: {_headline(status, now)}", *_details(status, now)]
+    ]
 
 
-def _lines(status: Status, now: float) -> list[str]:
-    *_, above, name = ("", *status.uri.rstrip("/").split("/"))
-    told = [f"{f'{above}/' if above == 'rejects' else ''}{name}: {_headline(status, now)}"]
+def _names(found: Sequence[Status]) -> list[str]:
+    """The ends of their URIs, from where these part."""
+    places = [status.uri.rstrip("/").split("/") for status in found]
+    folders = zip(*(place[:-1] for place in places), strict=False)
+    shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, folders))
+    return ["/".join(place[shared:]) for place in places]
+
+
+def _details(status: Status, now: float) -> list[str]:
+    told = []
     judged = (status.kept or 0) + sum(status.rejected.values())
     if status.kept is not None and judged:
         share = f" ({100 * status.kept / judged:.0f} %)"
