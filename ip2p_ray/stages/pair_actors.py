@@ -36,9 +36,8 @@ class GenerateCandidates:
         self, weights: GeneratorWeights, holding: Holding, config: PairConfig, recipe: str
     ) -> None:
         holding = held_here(holding)
-        self._generator = Generator(
-            local_weights(weights).load(holding.device), holding, filled=metrics.filled
-        )
+        model = local_weights(weights).load(holding.device)
+        self._generator = Generator(model, holding, filled=metrics.filled)
         self._config, self._recipe = config, recipe
         self._encoders = ThreadPoolExecutor(2)  # beside the device, which makes the next batch
 
@@ -97,9 +96,8 @@ class SearchCandidates:
         shown_below: str = "",
     ) -> None:
         holding = held_here(holding)
-        self._generator = Generator(
-            local_weights(weights).load(holding.device), holding, filled=metrics.filled
-        )
+        model = local_weights(weights).load(holding.device)
+        self._generator = Generator(model, holding, filled=metrics.filled)
         self._clip = Clip.load(local_folder(judge), holding.device)
         self._config, self._options, self._recipe = config, options, recipe
         self._shown_below = shown_below

@@ -65,7 +65,7 @@ def train(source: str, folder: str, weights: str, steps: str) -> None:
             editing=preset.editing,
             models={"generator": "tiny"},
             resources=resources,
-            carried=Carried(micro_batch=2, save_every=25, log_every=1),
+            carried=Carried(micro_batch=2, save_every=20, log_every=1),
         )
 
 
