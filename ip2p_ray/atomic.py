@@ -62,6 +62,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         sync(target.parent)
 
 
+@contextmanager
+def one_at_a_time(lock: str | Path) -> Iterator[None]:
+    """The block, for one process after the other; the file `lock` is made, and stays."""
+    Path(lock).parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _acquire(handle, wait=True)
+        yield
+    finally:
+        os.close(handle)
+
+
 def remove_folder(path: str | Path) -> None:
     """Takes the folder out of sight by one rename, then deletes it: nobody sees a half of it."""
     target = Path(path)

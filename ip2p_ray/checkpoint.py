@@ -76,13 +76,21 @@ def set_aside_broken(folder: str | Path) -> list[Path]:
     """
     root = Path(folder)
     whole = [path for path in _steps(root) if _is_whole(path)] if root.is_dir() else []
-    broken = list(itertools.takewhile(lambda path: not _matches(path), reversed(whole)))
+    broken = list(itertools.takewhile(lambda path: not is_sound(path), reversed(whole)))
     if whole and len(broken) == len(whole):
         raise ModelError(
             f"every checkpoint in {root} differs from its checksums; delete the folder to train "
             "again"
         )
     return [set_aside(path) for path in broken]
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether a checkpoint is whole, and its contents have their checksums."""
+    if not _is_whole(folder):
+        return False
+    sums = _read_json(folder, CHECKSUMS)
+    return all(_checksum(folder / name) == facts for name, facts in sums.items())
 
 
 def write_checkpoint(folder: str | Path, state: TrainState) -> None:
@@ -162,11 +170,6 @@ def _is_whole(folder: Path) -> bool:
         return all((folder / name).stat().st_size == facts["bytes"] for name, facts in sums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _matches(folder: Path) -> bool:
-    sums = _read_json(folder, CHECKSUMS)
-    return all(_checksum(folder / name) == facts for name, facts in sums.items())
 
 
 def _checksum(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints copied to a bucket, and back where there are none: for disks that go with a node.
+"""Checkpoints in a bucket, copied there from a disk and back: for disks that go with a node.
 
 <uri>/step-00000012/unet.safetensors ...
 <uri>/step-00000012/checksums.json        uploaded last: without it the rest is no checkpoint
@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 from ip2p_ray import objects
-from ip2p_ray.atomic import atomic_file, atomic_folder
-from ip2p_ray.checkpoint import CHECKSUMS, FACTS, latest_checkpoint
+from ip2p_ray.atomic import atomic_file, atomic_folder, one_at_a_time, remove_folder
+from ip2p_ray.checkpoint import CHECKSUMS, FACTS, is_sound, latest_checkpoint
 from ip2p_ray.errors import ConfigError
 from ip2p_ray.storage import join
 
@@ -43,6 +43,24 @@ def upload_file(path: Path, uri: str) -> None:
     objects.write_file(join(uri, path.name), path)
 
 
+def upload_folder(folder: Path, uri: str, *, last: str) -> None:
+    """The folder's files below the URI, in place of what is there; that named `last` comes last.
+
+    So the URI has it only while everything else is there whole.
+    """
+    objects.remove([join(uri, last)])
+    objects.remove_below(uri)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path == folder / last):
+        objects.write_file(join(uri, path.relative_to(folder).as_posix()), path)
+
+
+def newest(uri: str) -> str | None:
+    """The name of the newest whole checkpoint of the URI, such as step-00000012."""
+    whole = _whole(uri)
+    return whole[-1] if whole else None
+
+
 def fetch_newest(uri: str, folder: Path, *, beside: str, recipe: str) -> Path | None:
     """The newest checkpoint of the URI, in `folder`, if it has none that is as new; else None.
 
@@ -53,27 +71,71 @@ def fetch_newest(uri: str, folder: Path, *, beside: str, recipe: str) -> Path | 
         StorageError: object storage refuses, or cannot be reached.
         DatasetError: a part of it is gone; named.
     """
-    whole = _whole(uri)
-    if whole:
-        facts = json.loads(objects.read(join(uri, whole[-1], FACTS)))
+    found = _newest_of(uri, recipe)
+    here = latest_checkpoint(folder)
+    if found is None or (here is not None and here.name >= found):
+        return None
+    _fetch_file(uri, folder, beside)
+    return _fetch(uri, found, folder)
+
+
+def fetch_alone(uri: str, folder: Path, *, beside: str | None, recipe: str) -> Path | None:
+    """The newest checkpoint of the URI as the only one in `folder`; None if the URI has none.
+
+    What the bucket lacks, or has otherwise, does not count and is removed. The file `beside` is
+    the bucket's too. Several processes may do this with one folder.
+
+    Raises:
+        As `fetch_newest`.
+    """
+    found = _newest_of(uri, recipe)
+    with one_at_a_time(folder.with_name(f"{folder.name}.lock")):
+        folder.mkdir(exist_ok=True)
+        for there in sorted(folder.glob("step-*")):
+            if there.name != found or not _is_copy(there, join(uri, found)):
+                remove_folder(there)
+        if beside is not None:
+            _fetch_file(uri, folder, beside)
+        if found is None:
+            return None
+        return folder / found if (folder / found).exists() else _fetch(uri, found, folder)
+
+
+def _newest_of(uri: str, recipe: str) -> str | None:
+    """As `newest`, of a run that was made by the recipe."""
+    found = newest(uri)
+    if found is not None:
+        facts = json.loads(objects.read(join(uri, found, FACTS)))
         if facts["run"].get("recipe") != recipe:
             raise ConfigError(
                 f"{uri} holds checkpoints of a run that was made differently, or of other data: "
-                "give another --mirror"
+                "give another --mirror, or --out"
             )
-    here = latest_checkpoint(folder)
-    if not whole or (here is not None and here.name >= whole[-1]):
-        return None
-    newest = whole[-1]
+    return found
+
+
+def _is_copy(folder: Path, uri: str) -> bool:
+    """Whether the checkpoint is that of the URI, and no disk has lost some of it."""
+    try:
+        sums = (folder / CHECKSUMS).read_bytes()
+    except OSError:
+        return False
+    return sums == objects.read(join(uri, CHECKSUMS)) and is_sound(folder)
+
+
+def _fetch_file(uri: str, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if objects.size(join(uri, beside)) is not None:
-        with atomic_file(folder / beside) as file:
-            objects.read_file(join(uri, beside), file)
-    with atomic_folder(folder / newest) as new:
-        objects.read_file(join(uri, newest, CHECKSUMS), new / CHECKSUMS)
-        for name in json.loads((new / CHECKSUMS).read_bytes()):
-            objects.read_file(join(uri, newest, name), new / name)
-    return folder / newest
+    if objects.size(join(uri, name)) is not None:
+        with atomic_file(folder / name) as file:
+            objects.read_file(join(uri, name), file)
+
+
+def _fetch(uri: str, name: str, folder: Path) -> Path:
+    with atomic_folder(folder / name) as new:
+        objects.read_file(join(uri, name, CHECKSUMS), new / CHECKSUMS)
+        for part in json.loads((new / CHECKSUMS).read_bytes()):
+            objects.read_file(join(uri, name, part), new / part)
+    return folder / name
 
 
 def _whole(uri: str) -> list[str]:

@@ -51,6 +51,8 @@ class Found(NamedTuple):
     name: str
     """What follows the URI and its slash."""
     bytes: int
+    tag: str = ""
+    """What changes whenever the object does."""
 
 
 def is_object(uri: object) -> bool:
@@ -200,7 +202,7 @@ def listing(uri: str) -> Iterator[Found]:
             for item in page.get("Contents", ()):
                 name = item["Key"].removeprefix(prefix)
                 if name and not name.endswith("/"):  # what consoles make for an empty folder
-                    yield Found(name, int(item["Size"]))
+                    yield Found(name, int(item["Size"]), str(item["ETag"]))
 
 
 def abort_uploads(uri: str) -> int:
@@ -266,9 +268,9 @@ class ObjectFolder:
     def __str__(self) -> str:
         return self._uri
 
-    def list(self) -> Iterator[Found]:
+    def list(self) -> Iterator[tuple[str, int]]:
         """Name and length of each."""
-        return listing(self._uri)
+        return ((found.name, found.bytes) for found in listing(self._uri))
 
     def read(self, name: str, start: int) -> bytes:
         """One of them, from a byte on."""
@@ -277,6 +279,11 @@ class ObjectFolder:
     def put(self, name: str, data: bytes) -> None:
         """Returns once it is there, whole."""
         write(f"{self._uri}/{name}", data)
+
+
+def is_refusal(error: OSError) -> bool:
+    """Whether Arrow raised it because of what the store answered, or did not answer."""
+    return "AWS Error" in str(error)
 
 
 def opened(uri: str) -> pyarrow.NativeFile:
@@ -432,17 +439,7 @@ def _told(uri: str) -> Iterator[None]:
     try:
         yield
     except botocore.exceptions.ClientError as error:
-        code = _code(error)
-        if code in _MISSING:
-            raise DatasetError(f"{uri} cannot be read: there is no such object") from error
-        if code == "NoSuchBucket":
-            bucket, _ = split(uri)
-            raise StorageError(f"{uri}: there is no bucket {bucket} at {_where()}") from error
-        reason = _REFUSALS.get(code)
-        if reason is None:
-            message = error.response.get("Error", {}).get("Message", "")
-            reason = f"{error.operation_name} failed: {code} {message}".strip()
-        raise StorageError(f"{uri}: {reason}") from error
+        raise _refused(uri, error) from error
     except botocore.exceptions.NoCredentialsError as error:
         raise ConfigError(
             f"{uri}: there are no credentials for object storage; set AWS_ACCESS_KEY_ID and "
@@ -458,7 +455,24 @@ def _told(uri: str) -> Iterator[None]:
         boto3.exceptions.Boto3Error,
         RuntimeError,  # botocore's for credentials that were refreshed and have expired still
     ) as error:
+        met = error.__context__  # what a transfer of a file met, of which it tells in its own way
+        if isinstance(met, botocore.exceptions.ClientError):
+            raise _refused(uri, met) from error
         raise StorageError(f"{uri}: {error}") from error
+
+
+def _refused(uri: str, error: botocore.exceptions.ClientError) -> DatasetError | StorageError:
+    code = _code(error)
+    if code in _MISSING:
+        return DatasetError(f"{uri} cannot be read: there is no such object")
+    if code == "NoSuchBucket":
+        bucket, _ = split(uri)
+        return StorageError(f"{uri}: there is no bucket {bucket} at {_where()}")
+    reason = _REFUSALS.get(code)
+    if reason is None:
+        message = error.response.get("Error", {}).get("Message", "")
+        reason = f"{error.operation_name} failed: {code} {message}".strip()
+    return StorageError(f"{uri}: {reason}")
 
 
 def _where() -> str:

@@ -34,12 +34,13 @@ if TYPE_CHECKING:
 class Edit:
     """Pictures and one instruction in, edited pictures out."""
 
-    image: Path
-    """The picture to edit, PNG, JPEG, WebP and others; or a folder of them."""
+    image: str
+    """The picture to edit, PNG, JPEG, WebP and others, here or s3://...; or a folder here."""
     instruction: str
     """What to change, for example "make it night"."""
     model: str | None = None
-    """A diffusers folder or hub id of an editor; by default the miniature's, for drawn pictures."""
+    """A diffusers folder, s3://... or hub id of an editor; by default the miniature's, for drawn
+    pictures."""
     server: str | None = None
     """Address of a running service, which edits instead, as http://127.0.0.1:8000."""
     api_key_env: str = "IP2P_API_KEY"
@@ -49,8 +50,8 @@ class Edit:
     patience_s: float = 600.0
     """Seconds in all for which a picture is sent again while the service is full or away."""
     out: Path | None = None
-    """Where the edited picture goes; by default beside the picture, as <name>-edited.png. Of a
-    folder the folder, by default <folder>-edited."""
+    """Where the edited picture goes; by default beside the picture (of a bucket: here), as
+    <name>-edited.png. Of a folder the folder, by default <folder>-edited."""
     mask: Path | None = None
     """A PNG of the picture's size, transparent where to edit; the rest stays untouched."""
     seed: int = 0
@@ -63,7 +64,7 @@ class Edit:
     """Denoising steps; by default the model's own."""
 
     def __post_init__(self) -> None:
-        if not self.image.is_file() and not self.image.is_dir():
+        if not self.in_bucket and not self.place.exists():
             raise ValueError(f"--image {self.image} is no file and no folder")
         if not self.instruction.strip():
             raise ValueError("--instruction is empty")
@@ -77,7 +78,7 @@ class Edit:
         self._check_server()
         if self.mask is not None and not self.mask.is_file():
             raise ValueError(f"--mask {self.mask} is no file")
-        if self.image.is_dir():
+        if self.is_folder:
             self._check_folder()
         else:
             self._check_file()
@@ -95,7 +96,7 @@ class Edit:
     def _check_file(self) -> None:
         if self.target.suffix.lower() != ".png":
             raise ValueError(f"--out {self.target} does not end in .png, which is what is written")
-        if self.target.exists() and self.target.samefile(self.image):
+        if self.target.exists() and not self.in_bucket and self.target.samefile(self.place):
             raise ValueError(f"--out {self.target} is the picture itself")
         require_place("--out", self.target, folder=False)
 
@@ -103,18 +104,33 @@ class Edit:
         if self.mask is not None:
             raise ValueError("--mask is for one picture, and --image is a folder")
         require_place("--out", self.target, folder=True)
-        if self.target.exists() and self.target.samefile(self.image):
+        if self.target.exists() and self.target.samefile(self.place):
             raise ValueError(f"--out {self.target} is the folder of the pictures itself")
+
+    @property
+    def in_bucket(self) -> bool:
+        """Whether the picture is fetched from a bucket."""
+        return self.image.startswith("s3://")
+
+    @property
+    def place(self) -> Path:
+        """The path of --image; of one of a bucket its name."""
+        return Path(self.image.rpartition("/")[2] if self.in_bucket else self.image)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether --image is a folder of pictures."""
+        return not self.in_bucket and self.place.is_dir()
 
     @property
     def target(self) -> Path:
         """Where what is edited goes."""
         if self.out is not None:
             return self.out
-        if self.image.is_dir():
-            folder = self.image.resolve()
+        if self.is_folder:
+            folder = self.place.resolve()
             return folder.with_name(f"{folder.name}-edited")
-        return self.image.with_name(f"{self.image.stem}-edited.png")
+        return self.place.with_name(f"{self.place.stem}-edited.png")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -130,19 +146,19 @@ class Edit:
 def main(job: Edit) -> int:
     """Edit what was given; returns the exit status."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    if job.model is None or Path(job.model).exists():
+    if job.model is None or "://" in job.model or Path(job.model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with loading("edit"):
         from ip2p_ray.errors import Ip2pError
         from ip2p_ray.images import decode_image
-        from ip2p_ray.storage import write_bytes
+        from ip2p_ray.storage import read_bytes, write_bytes
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ip2p_ray").setLevel(logging.INFO)
     try:
         with _submitting(job) as (submit, at_once, model):
-            if job.image.is_dir():
+            if job.is_folder:
                 return _edit_folder(job, submit, at_once, model)
-            edited = submit(job.image.read_bytes()).result()
+            edited = submit(read_bytes(job.image)).result()
             write_bytes(str(job.target), edited)
     except KeyboardInterrupt:
         print("edit: stopped", file=sys.stderr, flush=True)
@@ -159,7 +175,7 @@ def _edit_folder(job: Edit, submit: Submit, at_once: int, model: str) -> int:
     from ip2p_ray.picture_folder import FolderReport, edit_folder, pictures_in
     from ip2p_ray.stages.progress import Progress, shown
 
-    pictures, report = pictures_in(job.image), FolderReport()
+    pictures, report = pictures_in(job.place), FolderReport()
     if not pictures:
         print(f"edit: no pictures in {job.image}", file=sys.stderr)
         return 1
@@ -191,12 +207,13 @@ def _submitting(job: Edit) -> Iterator[tuple[Submit, int, str]]:
 def _local(job: Edit, opened: ExitStack) -> tuple[Submit, int, str]:
     from concurrent.futures import CancelledError, Future
 
+    from ip2p_ray.copies import local_folder
     from ip2p_ray.editor import Editor
     from ip2p_ray.engine import Engine, EngineConfig, EngineRequest
     from ip2p_ray.images import encode_png
     from ip2p_ray.miniature import weights
 
-    editor = weights.load_editor() if job.model is None else Editor.load(job.model)
+    editor = weights.load_editor() if job.model is None else Editor.load(local_folder(job.model))
     stated = {name: value for name, value in job.settings.items() if value is not None}
     names = ("text_guidance_scale", "image_guidance_scale", "steps")
     settings = {**{name: getattr(editor.settings, name) for name in names}, **stated}

@@ -4,9 +4,9 @@
     python jobs/evaluate_editor.py --editor runs/a/editor --compare runs/b/editor runs/c/editor \
         --data runs/q/pairs --out runs/evaluation
     ray job submit --working-dir . -- python jobs/evaluate_editor.py --preset paper \
-        --editor /shared/run/editor --data /shared/MagicBrush/test --turns multi \
-        --judge ViT-B-32/openai --dino /shared/dino-vits16 \
-        --out /shared/run/evaluation --dtype bfloat16 --gpus 1 --actors 8 --batch-size 16
+        --editor s3://bucket/run/editor --data /shared/MagicBrush/test --turns multi \
+        --judge ViT-B-32/openai --dino s3://bucket/models/dino-vits16 \
+        --out s3://bucket/run/evaluation --dtype bfloat16 --gpus 1 --actors 8 --batch-size 16
 
 <out>/report.html, <out>/metrics.json and <out>/scores.parquet come out, the edits beside them. Rows
 for the copied input, another picture, SDEdit, Prompt-to-Prompt and the generator's own pair are
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import custom_resources, loading, require_place
+from ip2p_ray.command import custom_resources, loading, require_uri
 
 DRAWN_TASKS = 256
 TEXT_GUIDANCE_SCALE = 7.5
@@ -37,17 +37,18 @@ class EvaluateEditor:
     """Editors and tasks in; scores and a report out."""
 
     editor: str | None = None
-    """Diffusers folder or hub id of the editor; by default the miniature's, that of the package."""
+    """Diffusers folder, s3://... or hub id of the editor; by default the miniature's, that of the
+    package."""
     compare: tuple[str, ...] = ()
     """More editors, answered and judged alike, each with its differences to the first."""
     data: str = "miniature"
     """What is asked: "miniature" for scenes of the drawn world with the oracle's truth; a pairs
     dataset, whose held-out pairs are taken; or a set as MagicBrush, Emu Edit, PIE-Bench or ImgEdit
-    distribute theirs, or a table of pairs."""
+    distribute theirs, or a table of pairs. Of s3://... a set is copied once, with its pictures."""
     turns: Literal["single", "multi"] = "single"
     """Of MagicBrush: each turn on its true input, or all turns of a session one after the other."""
-    out: Path = Path("runs/evaluation")
-    """Folder for everything that is made; all nodes have to reach it."""
+    out: str = "runs/evaluation"
+    """Folder for everything that is made, which all nodes have to reach; or s3://..."""
     preset: Literal["miniature", "fast", "paper"] = "miniature"
     """Generator of the baselines, its sampling, and judge; flags below take their place."""
     tasks: int | None = None
@@ -70,11 +71,13 @@ class EvaluateEditor:
     steps: int | None = None
     """Sampling steps of editors and baselines; by default their own."""
     generator: str | None = None
-    """Diffusers folder or hub id of the baselines' Stable Diffusion."""
+    """Diffusers folder, s3://... or hub id of the baselines' Stable Diffusion."""
     judge: str | None = None
-    """Folder or open_clip name of the CLIP that judges; another than the filter's is fairer."""
+    """Folder, s3://... or open_clip name of the CLIP that judges; another than the filter's is
+    fairer."""
     dino: str | None = None
-    """transformers folder of a ViT or DINOv2 for the DINO measures; without it there are none."""
+    """transformers folder, here or s3://..., of a ViT or DINOv2 for the DINO measures; without it
+    there are none."""
     generator_guidance_scale: float | None = None
     """Of SDEdit and Prompt-to-Prompt; by default 7.5, with --preset miniature the middle of the
     range that its pairs are made with."""
@@ -134,7 +137,18 @@ class EvaluateEditor:
         if self.turns == "multi" and self.data == "miniature":
             raise ValueError("--turns multi needs --data with turns, as MagicBrush's")
         custom_resources("--actor-resources", self.actor_resources)
-        require_place("--out", self.out, folder=True)
+        for flag, place in self.places:
+            require_uri(flag, place)
+        require_uri("--out", self.out, written=True)
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """Each flag that may name something in a bucket, with what it names; --out apart."""
+        named = {
+            name: getattr(self, name) for name in ("editor", "data", "generator", "judge", "dino")
+        }
+        found = [(f"--{name}", place) for name, place in named.items() if place is not None]
+        return [*found, *(("--compare", place) for place in self.compare)]
 
 
 def _at_least_1(name: str, value: int | None) -> None:
@@ -150,20 +164,24 @@ def main(job: EvaluateEditor) -> int:
 
 
 def _evaluate(job: EvaluateEditor) -> None:
+    from ip2p_ray import storage
     from ip2p_ray.intervals import BootstrapConfig
     from ip2p_ray.stages import run
     from ip2p_ray.stages.trial_report import write_report
     from ip2p_ray.stages.trials import run_contest
 
+    for place in (job.out, *(place for _, place in job.places)):
+        storage.check(place)
     source, contest = _settings(job)
-    out = job.out.absolute()
+    out = storage.absolute(job.out)
     with run.locked(out), run.local_ray(workers=job.actors, actors=(contest.answering,)):
-        made = run_contest(source, str(out), contest)
+        made = run_contest(source, out, contest)
     config = BootstrapConfig(resamples=job.resamples, seed=job.seed)
-    metrics = write_report(str(out), source, contest, made, config, shown=job.shown)
+    metrics = write_report(out, source, contest, made, config, shown=job.shown)
     for line in _lines(metrics):
         print(f"evaluate_editor: {line}")
-    print(f"evaluate_editor: see {job.out}/report.html; numbers are in {job.out}/metrics.json")
+    root = job.out.rstrip("/")
+    print(f"evaluate_editor: see {root}/report.html; numbers are in {root}/metrics.json")
 
 
 def _settings(job: EvaluateEditor) -> tuple[Any, Any]:

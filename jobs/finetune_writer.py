@@ -4,17 +4,16 @@
     python jobs/finetune_writer.py --backend openai --model gpt-4o-mini --form chat --out runs/mini
     python jobs/finetune_writer.py --backend local --model path/to/causal-lm --out runs/local
     ray job submit --working-dir . -- python jobs/finetune_writer.py \
-        --backend local --model /shared/causal-lm --gpus 1 --out /shared/writer
+        --backend local --model s3://bucket/causal-lm --gpus 1 --out s3://bucket/writer
 
 At a server the new model's name is printed: give it to jobs/write_triplets.py (--form completions,
-or chat). A local one is the folder <out>/writer. One that scores worse than the model it was made
-from is kept too, and a warning says so. The same command goes on where it was stopped; nothing is
-uploaded, created or paid for twice.
+or chat). A local one is the folder <out>/writer, here or in a bucket. One that scores worse than
+the model it was made from is kept too, and a warning says so. The same command goes on where it was
+stopped; nothing is uploaded, created or paid for twice.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import custom_resources, is_web_address
+from ip2p_ray.command import custom_resources, is_web_address, require_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +30,13 @@ class FinetuneWriter:
 
     backend: Literal["openai", "local"]
     """A job at an OpenAI-compatible server, or Ray Train in this cluster."""
-    out: Path = Path("runs/writer")
-    """Folder of the state, or of the model, and of the scores."""
+    out: str = "runs/writer"
+    """Folder of the state, or of the model, and of the scores; of --backend local also s3://..."""
     model: str | None = None
-    """The server's name of the model to start from; or a transformers folder, by default the
-    miniature's writer."""
-    examples: Path | None = None
-    """File of triplets; by default the package's own."""
+    """The server's name of the model to start from; or a transformers folder, here or s3://..., by
+    default the miniature's writer."""
+    examples: str | None = None
+    """File of triplets, here or s3://...; by default the package's own."""
     held_out: float = 0.1
     """Share of the examples that is only scored with."""
     epochs: int = 1
@@ -70,12 +69,19 @@ class FinetuneWriter:
     def __post_init__(self) -> None:
         if self.backend == "openai" and not self.model:
             raise ValueError("--model names the server's model to start from")
-        if self.backend == "local" and self.model and not Path(self.model).is_dir():
-            raise ValueError(f"--model {self.model}: there is no such folder")
-        if self.examples is not None and not self.examples.is_file():
-            raise ValueError(f"--examples {self.examples}: there is no such file")
-        if re.match(r"\w+:/", str(self.out)):
-            raise ValueError(f"--out {self.out}: a folder here, not one of a store")
+        if self.backend == "local" and self.model and "://" not in self.model:
+            if not Path(self.model).is_dir():
+                raise ValueError(f"--model {self.model}: there is no such folder")
+        elif self.backend == "local" and self.model:
+            require_uri("--model", self.model)
+        if self.examples is not None and "://" not in self.examples:
+            if not Path(self.examples).is_file():
+                raise ValueError(f"--examples {self.examples}: there is no such file")
+        elif self.examples is not None:
+            require_uri("--examples", self.examples)
+        require_uri("--out", self.out, written=True)
+        if self.backend == "openai" and self.out.startswith("s3://"):
+            raise ValueError(f"--out {self.out}: of --backend openai a folder here")
         if not is_web_address(self.base_url):
             raise ValueError("--base-url is like https://host/v1")
         for name in ("epochs", "batch_size", "workers"):
@@ -90,13 +96,18 @@ class FinetuneWriter:
 
 def main(job: FinetuneWriter) -> int:
     """Fine-tune, or go on with it; returns the exit status."""
+    from ip2p_ray import storage
     from ip2p_ray.stages import finetuning, run
     from ip2p_ray.triplets.examples import load_examples
 
     def work() -> None:
+        for place in filter(None, (job.out, job.examples, job.model)):
+            storage.check(place)
+        file = None if job.examples is None else storage.files_at(job.examples)[0]
+        examples = load_examples(file)
         with run.locked(job.out):
             tune = _at_server if job.backend == "openai" else _here
-            tuned: finetuning.Tuned = tune(job, load_examples(job.examples))
+            tuned: finetuning.Tuned = tune(job, examples)
         for name, score in (("before", tuned.before), ("after", tuned.after)):
             if score is not None:
                 print(f"finetune_writer: {name}: {score.line()}")
@@ -128,15 +139,17 @@ def _at_server(job: FinetuneWriter, examples: list) -> object:
 
 
 def _here(job: FinetuneWriter, examples: list) -> object:
-    from ip2p_ray import presets
+    from ip2p_ray import presets, storage
+    from ip2p_ray.copies import local_folder
     from ip2p_ray.miniature.weights import WEIGHTS
     from ip2p_ray.stages.finetuning import finetune_here
     from ip2p_ray.stages.run import Resources, local_ray
     from ip2p_ray.triplets.local_finetune import LocalTuningConfig
     from ip2p_ray.triplets.local_writer import LocalWriter
 
-    writer = Path(job.model or WEIGHTS / "writer").absolute()
-    LocalWriter.load(writer)  # or a sentence that says what is wrong with it
+    writer = storage.absolute(job.model or WEIGHTS / "writer")
+    here = Path(local_folder(writer))
+    LocalWriter.load(here)  # or a sentence that says what is wrong with it
     config = LocalTuningConfig(
         epochs=job.epochs,
         batch_size=job.batch_size,
@@ -152,10 +165,10 @@ def _here(job: FinetuneWriter, examples: list) -> object:
     with local_ray(workers=job.workers, actors=[resources]):
         return finetune_here(
             examples,
-            str(job.out.absolute()),
+            storage.absolute(job.out),
             config,
-            writer=str(writer),
-            fingerprint=presets.folder_fingerprint(writer),
+            writer=writer,
+            fingerprint=presets.folder_fingerprint(here),
             held_out=job.held_out,
             resources=resources,
         )

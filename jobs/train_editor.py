@@ -5,13 +5,17 @@
     python jobs/train_editor.py --preset paper --latents /shared/run/latents --out /shared/editor \
         --gpus 1 --workers 8 --micro-batch 32
     ray job submit --working-dir . -- python jobs/train_editor.py --preset paper \
-        --latents /shared/run/latents --out /shared/editor --gpus 1 --workers 8 --micro-batch 32
+        --latents s3://bucket/run/latents --out s3://bucket/editor --gpus 1 --workers 8 \
+        --micro-batch 32
 
 <out>/editor comes out, a folder that diffusers' StableDiffusionInstructPix2PixPipeline loads, with
 a model card; <out>/checkpoints has the run's state and metrics.jsonl, <out>/samples pictures.
 First the memory that a worker needs is told; --dry-run stops there. Whenever it is stopped, the
 same command goes on, with another number of workers if need be. The status is 0 when all is made, 1
 for a failure and 2 for a wrong flag.
+
+Of s3://... nodes share nothing else: each copies the data once to --cache, and maps them there; a
+checkpoint counts once it is in the bucket, and training goes on from there on whatever machine.
 
 On one GPU of 24 GiB: --preset paper --gpus 1 --micro-batch 8, 22.9 GB as reckoned (never run on
 one). Several workers hold 3.4 GB more each; --lora-rank 16 --micro-batch 4 takes 6 GB.
@@ -39,7 +43,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import custom_resources, loading, require_place
+from ip2p_ray.command import custom_resources, loading, require_uri
 
 OF_THE_RECIPE = (
     *("steps", "batch_size", "learning_rate", "warmup_steps", "decay", "weight_decay"),
@@ -60,16 +64,18 @@ class TrainEditor:
     """A dataset of latents or pairs in, an editor out."""
 
     latents: str | None = None
-    """Dataset of latents, as jobs/encode_latents.py makes it."""
+    """Dataset of latents, as jobs/encode_latents.py makes it: a folder here or s3://..."""
     pairs: str | None = None
     """Dataset of pairs in their place: pictures are cut anew and encoded in every step."""
-    out: Path = Path("runs/editor")
-    """Folder of editor/, checkpoints/ and samples/; all nodes have to reach it."""
+    out: str = "runs/editor"
+    """Folder of editor/, checkpoints/ and samples/, which all nodes have to reach; or s3://..."""
+    cache: Path | None = None
+    """Folder of each node for copies of what lies in buckets, by default a temporary one."""
     preset: Literal["miniature", "fast", "paper"] = "miniature"
     """Model and recipe; every flag of the recipe below takes the place of one of its settings."""
     start: str | None = None
-    """Diffusers folder or hub id to start from: a generator (4 channels), or an editor (8) that is
-    trained further; by default the preset's generator."""
+    """Diffusers folder, s3://... or hub id to start from: a generator (4 channels) or an editor (8)
+    that is trained further; by default the preset's generator."""
     dry_run: bool = False
     """Only tell what memory a worker needs."""
     resolution: int | None = None
@@ -130,7 +136,8 @@ class TrainEditor:
     keep: int = 2
     """Checkpoints that are kept."""
     mirror: str | None = None
-    """s3://bucket/folder that checkpoints are copied to, and fetched from where <out> has none."""
+    """s3://bucket/folder that the checkpoints of an <out> on a disk are copied to, and fetched from
+    where it has none."""
     validate_every: int | None = None
     """Steps between two measurements of the loss on held-out pairs."""
     validation_groups: int = 256
@@ -161,13 +168,16 @@ class TrainEditor:
         if self.dropout is not None and not 0 <= self.dropout <= 1 / 3:
             raise ValueError("--dropout lies in [0, 1/3]")
         for name in ("latents", "pairs"):
-            uri = getattr(self, name)
-            if uri is not None and "://" in uri and not uri.startswith("file://"):
-                raise ValueError(f"--{name} {uri}: only local datasets can be read")
+            if getattr(self, name) is not None:
+                require_uri(f"--{name}", getattr(self, name))
         if self.mirror is not None and not self.mirror.startswith("s3://"):
             raise ValueError(f"--mirror {self.mirror}: give s3://bucket/folder")
         custom_resources("--worker-resources", self.worker_resources)
-        require_place("--out", self.out, folder=True)
+        if self.mirror is not None and self.out.startswith("s3://"):
+            raise ValueError("--mirror is for an --out on a disk; s3://... has every checkpoint")
+        if self.start is not None and "://" in self.start:
+            require_uri("--start", self.start)
+        require_uri("--out", self.out, written=True)
 
 
 def main(job: TrainEditor) -> int:
@@ -186,13 +196,13 @@ def _train(job: TrainEditor) -> None:
     from ip2p_ray.training.lora import require_peft
     from ip2p_ray.training.sinks import require_sinks
 
+    for uri in filter(None, (job.latents, job.pairs, job.out, job.mirror, job.start)):
+        storage.check(uri)
     preset = presets.by_name(job.preset)
     config, carried, source = _settings(job, preset)
     require_sinks(carried.sinks)
     if config.lora_rank is not None:
         require_peft()
-    if job.mirror is not None:
-        storage.check(job.mirror)
     storage.require_manifest(source.uri)
     resources = run.Resources(
         actors=job.workers,
@@ -201,12 +211,14 @@ def _train(job: TrainEditor) -> None:
         cpus=job.cpus,
         custom=custom_resources("--worker-resources", job.worker_resources),
     )
-    out, start = job.out.absolute(), job.start or preset.generator
+    out, start = storage.absolute(job.out), job.start or preset.generator
     # one process finds out what the workers need before they are there
     with (
         run.locked(out),
         run.local_ray(workers=job.most_workers or job.workers, actors=[resources]),
     ):
+        if not storage.is_local(source.uri):
+            print(f"plan: {training.copy_line(source, resources)}", flush=True)
         found = training.survey(
             source,
             config,
@@ -225,7 +237,7 @@ def _train(job: TrainEditor) -> None:
             return
         training.train_editor(
             source,
-            str(out),
+            out,
             config,
             generator=start,
             editing=replace(preset.editing),
@@ -233,7 +245,7 @@ def _train(job: TrainEditor) -> None:
             resources=resources,
             carried=carried,
         )
-    print(f"train_editor: {job.out / 'editor'} is trained")
+    print(f"train_editor: {storage.join(job.out, 'editor')} is trained")
 
 
 def _settings(job: TrainEditor, preset: Any) -> tuple[Any, Any, Any]:
@@ -241,7 +253,7 @@ def _settings(job: TrainEditor, preset: Any) -> tuple[Any, Any, Any]:
     from dataclasses import replace
 
     from ip2p_ray import storage
-    from ip2p_ray.stages.training_worker import Carried, Source
+    from ip2p_ray.stages.training_run import Carried, Source
 
     flags = {name: getattr(job, name) for name in OF_THE_RECIPE}
     given = {name: value for name, value in flags.items() if value is not None}
@@ -261,11 +273,12 @@ def _settings(job: TrainEditor, preset: Any) -> tuple[Any, Any, Any]:
         sinks=job.metrics,
         mirror=job.mirror,
     )
-    if job.latents is not None:
-        source = Source(uri=storage.absolute(job.latents))
-    else:
-        usual = 64 if job.preset == "miniature" else 256
-        source = Source(uri=storage.absolute(job.pairs or ""), resolution=job.resolution or usual)
+    usual = 64 if job.preset == "miniature" else 256
+    source = Source(
+        uri=storage.absolute(job.latents or job.pairs or ""),
+        resolution=None if job.latents is not None else job.resolution or usual,
+        cache=None if job.cache is None else str(job.cache.absolute()),
+    )
     return replace(preset.training, **given), carried, source
 
 

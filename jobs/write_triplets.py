@@ -33,7 +33,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import custom_resources, is_web_address, require_place
+from ip2p_ray.command import custom_resources, is_web_address, require_place, require_uri
 
 NOT_LOCAL = (
     "journal",
@@ -67,7 +67,8 @@ class WriteTriplets:
     """What runs the model of --writer local; auto takes vLLM where it is installed, for a --model
     with whole --gpus."""
     model: str | None = None
-    """The server's name of it; or a transformers folder, by default the miniature's writer."""
+    """The server's name of it; or a transformers folder, here or s3://..., by default the
+    miniature's writer."""
     base_url: str = "https://api.openai.com/v1"
     """Of the server's API, to the version: hosted, vLLM, Ollama, `transformers serve`."""
     api_key_env: str = "OPENAI_API_KEY"
@@ -124,7 +125,13 @@ class WriteTriplets:
         if self.writer == "local" and told.intersection(NOT_LOCAL):
             flag = next(name for name in NOT_LOCAL if name in told).replace("_", "-")
             raise ValueError(f"--{flag} is of --writer openai, and --writer local has none")
-        if self.writer == "local" and self.model and not Path(self.model).is_dir():
+        in_bucket = (self.model or "").startswith("s3://")
+        if (
+            self.writer == "local"
+            and self.model
+            and not in_bucket
+            and not Path(self.model).is_dir()
+        ):
             raise ValueError(f"--model {self.model}: there is no such folder")
         if not is_web_address(self.base_url):
             raise ValueError("--base-url is like https://host/v1")
@@ -154,6 +161,7 @@ class WriteTriplets:
         if not (0 <= self.held_out < 1 and 0 <= self.max_no_reply <= 1):
             raise ValueError("--held-out lies in [0, 1), --max-no-reply in [0, 1]")
         custom_resources("--actor-resources", self.actor_resources)
+        require_uri("--out", self.out, written=True)
 
 
 def main(job: WriteTriplets) -> int:
@@ -236,6 +244,8 @@ def _write(job: WriteTriplets) -> None:
     """By a causal LM in this cluster."""
     from ip2p_ray import presets, storage
     from ip2p_ray.clip import Clip
+    from ip2p_ray.copies import local_folder
+    from ip2p_ray.errors import ConfigError
     from ip2p_ray.miniature.weights import WEIGHTS
     from ip2p_ray.stages import replies, run, vllm_writer
     from ip2p_ray.stages.triplets import TripletConfig, write_triplets
@@ -244,12 +254,18 @@ def _write(job: WriteTriplets) -> None:
     captions = storage.absolute(job.captions)
     replies.require_captions(captions)
     engine = vllm_writer.chosen(job.engine, model=job.model, gpus=job.gpus)
-    writer = Path(job.model or WEIGHTS / "writer").absolute()
+    writer = storage.absolute(job.model or WEIGHTS / "writer")
+    if engine == "vllm" and not storage.is_local(writer):
+        raise ConfigError(
+            f"vLLM wants a folder that its nodes have: copy {writer} there, or take "
+            "--engine transformers"
+        )
+    here = Path(local_folder(writer))
     if engine == "transformers":
-        LocalWriter.load(writer)  # or a sentence that says what is wrong with it
+        LocalWriter.load(here)  # or a sentence that says what is wrong with it
     judge = None if job.model else str(WEIGHTS / "judge")
     models = {
-        "writer": presets.folder_fingerprint(writer),
+        "writer": presets.folder_fingerprint(here),
         "judge": Clip.load(judge).fingerprint() if judge else "openai",
     }
     out = storage.absolute(job.out)
@@ -269,7 +285,7 @@ def _write(job: WriteTriplets) -> None:
             captions,
             out,
             TripletConfig(seed=job.seed, held_out=job.held_out),
-            writer=str(writer),
+            writer=writer,
             judge=judge,
             models=models,
             resources=resources,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,8 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
-from ip2p_ray import logs, storage
+from ip2p_ray import logs
+from ip2p_ray.copies import local_folder
 from ip2p_ray.editor import Editor
 from ip2p_ray.engine import EngineConfig
 from ip2p_ray.errors import ConfigError, DeadlineError, Ip2pError
@@ -141,12 +141,8 @@ def load_editor(model: str | None, config: ReplicaConfig) -> Editor:
         editor = weights.load_editor()
         for network in (editor.model.unet, editor.model.vae, editor.model.text_encoder):
             torch.nn.Module.to(network, device=config.device, dtype=dtype)
-    elif storage.is_local(model):
-        editor = Editor.load(model, device=config.device, dtype=dtype)
     else:
-        with tempfile.TemporaryDirectory(prefix="ip2p-model-") as folder:
-            storage.download(model, folder)
-            editor = Editor.load(folder, device=config.device, dtype=dtype)
+        editor = Editor.load(local_folder(model), device=config.device, dtype=dtype)
     for network in (editor.model.unet, editor.model.vae):
         torch.nn.Module.to(network, memory_format=torch.channels_last)
     # the first picture pays for what is compiled and allocated at first use

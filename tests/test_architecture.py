@@ -40,7 +40,10 @@ LINES = (
         ),
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
-    {"storage", "objects", "lease", "mirror", "notes", "status", "estimate", "completeness"},
+    {
+        *("storage", "objects", "lease", "mirror", "copies"),
+        *("notes", "status", "estimate", "completeness"),
+    },
     {"stages"},
     {"benchmark"},
     {"jobs", "serve"},

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,13 @@ import pytest
 from ip2p_ray import objects
 from ip2p_ray.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ip2p_ray.errors import ConfigError, DatasetError, StorageError
-from ip2p_ray.mirror import fetch_newest, upload_checkpoint, upload_file
+from ip2p_ray.mirror import (
+    fetch_alone,
+    fetch_newest,
+    upload_checkpoint,
+    upload_file,
+    upload_folder,
+)
 from ip2p_ray.testing.buckets import FaultyWay, WayFaults
 from ip2p_ray.training.state import TrainState
 from tests.test_checkpoint import contents, new_state
@@ -107,3 +114,89 @@ def test_what_a_kill_left_of_older_ones_is_removed(bucket: str, tmp_path: Path) 
     objects.remove([f"{bucket}/step-00000001/checksums.json"])
     upload_checkpoint(saved(tmp_path, 2), bucket, keep=1)
     assert names(bucket) == {"step-00000002"}
+
+
+def alone(uri: str, folder: Path) -> str | None:
+    found = fetch_alone(uri, folder, beside=NOTES, recipe=RECIPE)
+    return None if found is None else found.name
+
+
+def test_only_what_the_bucket_has_counts_in_a_folder_of_a_machine(
+    bucket: str, tmp_path: Path
+) -> None:
+    here, uri = tmp_path / "here", f"{bucket}/run"
+    assert alone(uri, here) is None
+    upload_checkpoint(saved(here, 2), uri, keep=2)
+    saved(here, 3)  # killed before it was there
+    (here / NOTES).write_text("of another run\n")
+    objects.write(f"{uri}/{NOTES}", b"of this run\n")
+    assert alone(uri, here) == "step-00000002"
+    assert [path.name for path in sorted(here.glob("step-*"))] == ["step-00000002"]
+    assert (here / NOTES).read_text() == "of this run\n"
+    before = (here / "step-00000002").stat().st_ino
+    assert alone(uri, here) == "step-00000002"
+    assert (here / "step-00000002").stat().st_ino == before  # it is not fetched again
+    assert alone(uri, tmp_path / "empty") == "step-00000002"
+    found = new_state()
+    load_checkpoint(tmp_path / "empty" / "step-00000002", found)
+    assert contents(found) == contents(state_at(2))
+
+
+def test_a_checkpoint_that_differs_from_the_buckets_is_fetched_again(
+    bucket: str, tmp_path: Path
+) -> None:
+    upload_checkpoint(saved(tmp_path / "there", 2), bucket, keep=2)
+    same = saved(tmp_path / "here", 2)
+    weights = same / "unet.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # a disk that lost a bit
+    assert alone(bucket, tmp_path / "here") == "step-00000002"
+    assert weights.read_bytes() == whole
+    objects.remove_below(bucket)
+    assert alone(bucket, tmp_path / "here") is None
+    assert list((tmp_path / "here").glob("step-*")) == []
+    upload_checkpoint(saved(tmp_path / "there", 1), bucket, keep=None)
+    with pytest.raises(ConfigError, match="give another --mirror, or --out"):
+        fetch_alone(bucket, tmp_path / "here", beside=None, recipe="other")
+
+
+def test_several_workers_of_a_machine_fetch_once(
+    bucket: str, bucket_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_checkpoint(saved(tmp_path / "there", 2), bucket, keep=2)
+    saved(tmp_path / "here", 1)
+    with FaultyWay(bucket_endpoint) as way, monkeypatch.context() as other:
+        other.setenv("AWS_ENDPOINT_URL", way.url)
+        alone(bucket, tmp_path / "one")
+        once = way.counts["GET"]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda _: alone(bucket, tmp_path / "here"), range(3)))
+        # two list, read the facts and the notes, and compare the checksums with what is there
+        assert way.counts["GET"] == 2 * once + 2 * 4
+    assert found == 3 * ["step-00000002"]
+
+
+def test_a_folder_in_a_bucket_has_its_index_while_it_is_whole(
+    bucket: str, bucket_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "editor"
+    (folder / "unet").mkdir(parents=True)
+    for name in ("a_index.json", "unet/weights", "z.md"):
+        (folder / name).write_text(name)
+    upload_folder(folder, f"{bucket}/editor", last="a_index.json")
+    assert {
+        name: objects.read(f"{bucket}/editor/{name}").decode() for name in names_of(bucket)
+    } == {name: name for name in ("a_index.json", "unet/weights", "z.md")}
+    (folder / "z.md").unlink()
+    refused = WayFaults(refusal=(403, "AccessDenied"), methods=("PUT",))
+    with FaultyWay(bucket_endpoint, refused) as way, monkeypatch.context() as other:
+        other.setenv("AWS_ENDPOINT_URL", way.url)
+        with pytest.raises(StorageError):
+            upload_folder(folder, f"{bucket}/editor", last="a_index.json")
+    assert "a_index.json" not in names_of(bucket)
+    upload_folder(folder, f"{bucket}/editor", last="a_index.json")
+    assert names_of(bucket) == ["a_index.json", "unet/weights"]
+
+
+def names_of(bucket: str) -> list[str]:
+    return [found.name for found in objects.listing(f"{bucket}/editor")]

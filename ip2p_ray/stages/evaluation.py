@@ -14,6 +14,7 @@ from PIL import Image
 
 from ip2p_ray import evaluation, storage
 from ip2p_ray.clip import Clip
+from ip2p_ray.copies import local_folder
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.sample import text_to_image
 from ip2p_ray.editor import Editor, EditSettings
@@ -84,11 +85,12 @@ class AnswerQuestions:
 
 def _load(answerer: str, answerers: Answerers) -> Editor | StableDiffusion:
     if answerer == evaluation.SHIPPED:
-        shipped = weights.load_editor(Path(answerers.shipped))
+        shipped = weights.load_editor(Path(local_folder(answerers.shipped)))
         return Editor(shipped.model, settings=answerers.editing)
     if answerer == evaluation.EDITOR:
-        return Editor(StableDiffusion.load(answerers.editor), settings=answerers.editing)
-    model = StableDiffusion.load(answerers.generator)
+        model = StableDiffusion.load(local_folder(answerers.editor))
+        return Editor(model, settings=answerers.editing)
+    model = StableDiffusion.load(local_folder(answerers.generator))
     if answerer == evaluation.START:
         widen(model.unet)
         return Editor(model, settings=answerers.editing)
@@ -99,7 +101,7 @@ class JudgeAnswers:
     """An actor of the plan: rows of ANSWERS in, the same with their similarities out."""
 
     def __init__(self, judge: str) -> None:
-        self._clip = Clip.load(judge)
+        self._clip = Clip.load(local_folder(judge))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The batch with its four similarities."""

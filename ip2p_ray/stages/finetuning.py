@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ip2p_ray import storage
+from ip2p_ray.copies import cache_folder, local_folder
 from ip2p_ray.errors import BudgetError, ConfigError, ReplyError, StageError
 from ip2p_ray.model_files import NO_CODE, SAFETENSORS, require_safetensors
 from ip2p_ray.report import Report
@@ -93,12 +95,13 @@ def finetune_here(
 ) -> Tuned:
     """The transformers folder `<folder>/writer`, and scores.json in it.
 
-    `writer` is the folder of any causal LM. A killed run begins again; it is one epoch of some
-    hundred examples. `resources.actors` workers train with DistributedDataParallel.
+    `folder` is one that all nodes reach, or s3://...; `writer` is the folder of any causal LM, in
+    either. A killed run begins again; it is one epoch of some hundred examples.
+    `resources.actors` workers train with DistributedDataParallel.
     """
     train, others = split_examples(examples, held_out)
-    root = storage.local_path(folder).absolute() / WRITER
-    told = _Told(writer=writer, folder=str(root), config=config, train=train, held_out=others)
+    root = storage.join(storage.absolute(folder), WRITER)
+    told = _Told(writer=writer, folder=root, config=config, train=train, held_out=others)
     digests = "\n".join(example.key for example in examples)
     origin = run.Origin(
         dataset=WRITER,
@@ -106,13 +109,16 @@ def finetune_here(
         models={"writer": fingerprint},
         sources={"examples": blake2b(digests.encode(), digest_size=8).hexdigest()},
     )
-    run.make(str(root), origin, lambda: _fit(told, resources))
-    found = json.loads((root / SCORES).read_text(encoding="utf-8"))
-    return Tuned(model=str(root), before=Score(**found["before"]), after=Score(**found["after"]))
+    run.make(root, origin, lambda: _fit(told, resources))
+    found = json.loads(storage.read_bytes(storage.join(root, SCORES)))
+    return Tuned(model=root, before=Score(**found["before"]), after=Score(**found["after"]))
 
 
 def _fit(told: _Told, resources: run.Resources) -> list[Report]:
     scratch = Path(told.folder) / ".ray"
+    if not storage.is_local(told.folder):  # only this node needs it, see `TrainingRun.ray`
+        name = blake2b(told.folder.encode(), digest_size=8).hexdigest()
+        scratch = cache_folder() / "runs" / f"{name}.ray"
     shutil.rmtree(scratch, ignore_errors=True)
     size = told.config.batch_size
     steps = -(-len(told.train) // size) * told.config.epochs
@@ -131,7 +137,7 @@ def _fit(told: _Told, resources: run.Resources) -> list[Report]:
             ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if not (Path(told.folder) / SCORES).is_file():
+    if not storage.exists(storage.join(told.folder, SCORES)):
         raise StageError(f"fine-tuning: the workers left no {SCORES} in {told.folder}")
     return []
 
@@ -143,10 +149,11 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = get_device()
     loader: Any = AutoModelForCausalLM
-    require_safetensors(told.writer, "writer folder")
-    tokenizer = AutoTokenizer.from_pretrained(told.writer, local_files_only=True, **NO_CODE)
+    writer = local_folder(told.writer)
+    require_safetensors(writer, "writer folder")
+    tokenizer = AutoTokenizer.from_pretrained(writer, local_files_only=True, **NO_CODE)
     model = loader.from_pretrained(
-        told.writer, dtype=torch.float32, local_files_only=True, **SAFETENSORS, **NO_CODE
+        writer, dtype=torch.float32, local_files_only=True, **SAFETENSORS, **NO_CODE
     )
     model.to(device)
     scores: dict[str, Any] = {}
@@ -167,14 +174,25 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
         if rank == 0:
             arguments["tally"].add.remote(1)
     if rank == 0:
-        model.save_pretrained(told.folder)
-        tokenizer.save_pretrained(told.folder)
+        _save(model, tokenizer, told.folder)
         scores["after"] = _scored(model, tokenizer, device, told.held_out)
         scores["losses"] = losses
         text = json.dumps(scores, indent=2) + "\n"
         storage.write_bytes(storage.join(told.folder, SCORES), text.encode())
     if world_size > 1:
         torch.distributed.barrier()
+
+
+def _save(model: Any, tokenizer: Any, folder: str) -> None:
+    """The transformers folder; a run that was killed writes it again."""
+    if storage.is_local(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as here:
+        model.save_pretrained(here)
+        tokenizer.save_pretrained(here)
+        storage.upload(here, folder)
 
 
 def _scored(model: Any, tokenizer: Any, device: Any, examples: Sequence[Triplet]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def run_all(
         written = write_report(out, questions, seed=seed)
     logger.info("done in %s", duration(time.monotonic() - began))
     logger.info("look at %s; the scores are in %s", shown(written.report), shown(written.metrics))
-    logger.info("edit a picture: %s", edit_command(Path(out), written))
+    logger.info("edit a picture: %s", edit_command(out, written))
     return written
 
 

@@ -12,12 +12,14 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.clip import Clip
+from ip2p_ray.copies import local_folder
 from ip2p_ray.generator import Generator, GeneratorWeights, Holding
 from ip2p_ray.images import encode_image, to_pil
 from ip2p_ray.pairs import CandidateRequest, PairConfig, Pictures, candidate_requests
 from ip2p_ray.report import duration, size
 from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.stages import plan, run
+from ip2p_ray.stages.models import local_weights
 from ip2p_ray.stages.pairs import Making
 from ip2p_ray.stages.plan import BLOCK_BYTES
 
@@ -182,11 +184,11 @@ def fingerprints(making: Making) -> dict[str, str]:
 
 
 def _generator_fingerprint(weights: GeneratorWeights) -> str:
-    return weights.load().fingerprint()
+    return local_weights(weights).load().fingerprint()
 
 
 def _judge_fingerprint(judge: str) -> str:
-    return Clip.load(judge).fingerprint()
+    return Clip.load(local_folder(judge)).fingerprint()
 
 
 def _requests(queue: str, config: PairConfig, count: int) -> list[CandidateRequest]:
@@ -210,7 +212,7 @@ def _measure_generator(
     requests: Sequence[CandidateRequest],
     config: PairConfig,
 ) -> Measured:
-    generator = Generator(weights.load(holding.device), holding)
+    generator = Generator(local_weights(weights).load(holding.device), holding)
 
     def timed(steps: int) -> tuple[float, Pictures, Pictures]:
         began = time.monotonic()
@@ -238,7 +240,7 @@ def _measure_judge(
     edited: Pictures,
     requests: Sequence[CandidateRequest],
 ) -> float:
-    clip = Clip.load(judge, device)
+    clip = Clip.load(local_folder(judge), device)
     captions = [request.caption for request in requests]
     edited_captions = [request.edited_caption for request in requests]
     for _ in range(2):  # the first time is memory and kernels

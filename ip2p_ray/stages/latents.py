@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from ip2p_ray import storage
+from ip2p_ray.copies import local_folder
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.errors import ConfigError, DatasetError, ImageError, StageError
 from ip2p_ray.images import decode_image, fit_image
@@ -64,7 +65,7 @@ class EncodePairs:
     ) -> None:
         self._encoding = encoding or Encoding()
         dtype = getattr(torch, self._encoding.dtype)
-        self._model = StableDiffusion.load(generator, device=device, dtype=dtype)
+        self._model = StableDiffusion.load(local_folder(generator), device=device, dtype=dtype)
         self._size: tuple[int, int] | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -262,7 +263,7 @@ def fingerprint_of(model: str) -> str:
 
 
 def _fingerprint(model: str) -> str:
-    return StableDiffusion.load(model).fingerprint()
+    return StableDiffusion.load(local_folder(model)).fingerprint()
 
 
 def _measure(

@@ -13,6 +13,7 @@ import pyarrow as pa
 import ray
 
 from ip2p_ray.clip import Clip
+from ip2p_ray.copies import local_folder
 from ip2p_ray.filtering import select
 from ip2p_ray.generator import Batch, Generator, GeneratorWeights, Holding
 from ip2p_ray.images import decode_image, encode_image, encode_png, to_pil
@@ -23,6 +24,7 @@ from ip2p_ray.schema import CANDIDATES, TRIPLETS
 from ip2p_ray.search.options import SearchConfig
 from ip2p_ray.search.triplet import Searched
 from ip2p_ray.stages import metrics
+from ip2p_ray.stages.models import local_weights
 
 _TRANSPORT_LEVEL = 1  # PNG on its way to the judge; what is kept is packed closer
 
@@ -34,7 +36,8 @@ class GenerateCandidates:
         self, weights: GeneratorWeights, holding: Holding, config: PairConfig, recipe: str
     ) -> None:
         holding = held_here(holding)
-        self._generator = Generator(weights.load(holding.device), holding, filled=metrics.filled)
+        model = local_weights(weights).load(holding.device)
+        self._generator = Generator(model, holding, filled=metrics.filled)
         self._config, self._recipe = config, recipe
         self._encoders = ThreadPoolExecutor(2)  # beside the device, which makes the next batch
 
@@ -93,8 +96,9 @@ class SearchCandidates:
         shown_below: str = "",
     ) -> None:
         holding = held_here(holding)
-        self._generator = Generator(weights.load(holding.device), holding, filled=metrics.filled)
-        self._clip = Clip.load(judge, holding.device)
+        model = local_weights(weights).load(holding.device)
+        self._generator = Generator(model, holding, filled=metrics.filled)
+        self._clip = Clip.load(local_folder(judge), holding.device)
         self._config, self._options, self._recipe = config, options, recipe
         self._shown_below = shown_below
 
@@ -156,7 +160,7 @@ class JudgeCandidates:
         batch_size: int = 32,
         shown_below: str = "",
     ) -> None:
-        self._clip = Clip.load(judge, device)
+        self._clip = Clip.load(local_folder(judge), device)
         self._config, self._batch_size, self._shown_below = config, batch_size, shown_below
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:

@@ -42,9 +42,9 @@ COLUMNS = {
 class Written:
     """What was left for the reader."""
 
-    metrics: Path
-    report: Path
-    example: Path
+    metrics: str
+    report: str
+    example: str
     """A picture to try an edit on."""
     instruction: str
     """What to ask of it."""
@@ -52,12 +52,11 @@ class Written:
 
 def write_report(folder: str, config: EvaluationConfig, *, seed: int) -> Written:
     """The files metrics.json, report.html and example.png in the folder, each whole or absent."""
-    root = storage.local_path(folder)
     tasks = scores.edit_tasks(config.tasks, config.seed)
     written = Written(
-        metrics=root / "metrics.json",
-        report=root / "report.html",
-        example=root / "example.png",
+        metrics=storage.join(folder, "metrics.json"),
+        report=storage.join(folder, "report.html"),
+        example=storage.join(folder, "example.png"),
         instruction=tasks[0].instruction,
     )
     answers = storage.join(folder, "answers")
@@ -87,21 +86,22 @@ def write_report(folder: str, config: EvaluationConfig, *, seed: int) -> Written
         },
         losses=[
             (noted["step"], noted["loss"])
-            for noted in read_metrics(storage.local_path(storage.join(folder, "checkpoints")))
+            for noted in read_metrics(storage.join(folder, "checkpoints"))
         ],
-        command=edit_command(root, written),
+        command=edit_command(folder, written),
     )
     example = encode_png(to_pil(draw(tasks[0].scene)))
-    storage.write_bytes(str(written.example), example)
-    storage.write_bytes(str(written.report), text.encode())
-    storage.write_bytes(str(written.metrics), (json.dumps(metrics, indent=2) + "\n").encode())
+    storage.write_bytes(written.example, example)
+    storage.write_bytes(written.report, text.encode())
+    storage.write_bytes(written.metrics, (json.dumps(metrics, indent=2) + "\n").encode())
     return written
 
 
-def edit_command(root: Path, written: Written) -> str:
+def edit_command(folder: str, written: Written) -> str:
     """What to type to edit the example with the editor that was just trained."""
     python, example, editor = (
-        shlex.quote(shown(path)) for path in (_python(), written.example, root / "editor")
+        shlex.quote(shown(place))
+        for place in (str(_python()), written.example, storage.join(folder, "editor"))
     )
     asked = f'--image {example} --instruction "{written.instruction}" --model {editor}'
     return f"{python} jobs/edit.py {asked}"
@@ -113,8 +113,11 @@ def _python() -> Path:
     return found if found.is_relative_to(Path.cwd()) else Path("python")
 
 
-def shown(path: Path) -> str:
-    """The path as it would be typed in this folder."""
+def shown(place: str) -> str:
+    """A path, or s3://..., as it would be typed in this folder."""
+    if not storage.is_local(place):
+        return place
+    path = storage.local_path(place)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 

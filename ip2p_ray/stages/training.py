@@ -22,7 +22,8 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ip2p_ray import storage
-from ip2p_ray.checkpoint import latest_checkpoint, set_aside_broken
+from ip2p_ray.checkpoint import set_aside_broken
+from ip2p_ray.copies import local_folder, room_for_dataset
 from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.editor import EditSettings
 from ip2p_ray.errors import ConfigError, StageError
@@ -32,17 +33,18 @@ from ip2p_ray.mirror import fetch_newest
 from ip2p_ray.report import Report, size
 from ip2p_ray.stages import attempts, metrics, run
 from ip2p_ray.stages.progress import Progress, shown
-from ip2p_ray.stages.training_worker import (
+from ip2p_ray.stages.training_run import (
+    INDEX,
     METRICS,
-    Board,
     Carried,
     Source,
     TrainingRun,
     export,
+    forget_here,
     noted_lines,
     restored,
-    train_on_worker,
 )
+from ip2p_ray.stages.training_worker import Board, train_on_worker
 from ip2p_ray.training.loop import TrainConfig
 from ip2p_ray.training.memory import MemoryPlan, memory_plan
 
@@ -69,6 +71,7 @@ def train_editor(
 ) -> storage.Manifest:
     """The folders `<folder>/checkpoints` and `<folder>/editor`, a diffusers folder.
 
+    `folder` is one that all nodes reach, or s3://... (`training_run`).
     `source` is a dataset of latents, or of pairs (Source.resolution). `generator` is what training
     starts from: one that takes an image already is trained further. `resources.actors` workers
     train with DistributedDataParallel, up to `most_actors` where the cluster has room now and
@@ -78,10 +81,9 @@ def train_editor(
     Raises:
         Ip2pError: as `training.loop.train` and `load_checkpoint`; no attempt is repeated for it.
     """
-    root = storage.local_path(folder).absolute()
-    checkpoints = root / "checkpoints"
     source = source if isinstance(source, Source) else Source(uri=source)
-    source = replace(source, uri=str(storage.local_path(source.uri).absolute()))
+    source = replace(source, uri=storage.absolute(source.uri))
+    carried = carried or Carried()
     manifest = storage.read_manifest(source.uri)
     given = {key: value for key, value in asdict(config).items() if value or key != "lora_rank"}
     cut = {} if source.resolution is None else {"resolution": source.resolution}
@@ -104,22 +106,32 @@ def train_editor(
         recipe=origin.digest,
         source=source,
         data={"dataset": manifest.dataset, "rows": manifest.rows, "recipe": manifest.recipe},
-        checkpoints=str(checkpoints),
-        editor=str(root / "editor"),
+        out=storage.absolute(folder),
         editing=editing,
-        carried=carried or Carried(),
+        carried=carried,
     )
-    made = run.make(str(checkpoints), origin, lambda: _fit(told, resources))
-    if not (root / "editor" / "model_index.json").is_file():
+    if told.in_bucket:
+        _require_no_disk(carried)
+    made = run.make(told.checkpoints, origin, lambda: _fit(told, resources))
+    if not storage.exists(storage.join(told.editor, INDEX)):
         logger.info("training: the editor is gone; exporting it again from the newest checkpoint")
         model, state = restored(told, "cpu")
         if state.step < config.steps:
             raise StageError(
-                f"training: {checkpoints} has lost its last checkpoint and {told.editor} is gone; "
-                f"delete {checkpoints} to train again"
+                f"training: {told.checkpoints} has lost its last checkpoint and {told.editor} is "
+                f"gone; delete {told.checkpoints} to train again"
             )
         export(told, model, state)
+        forget_here(told)
     return made
+
+
+def _require_no_disk(carried: Carried) -> None:
+    """Raises: ConfigError, for what cannot go with a run in a bucket."""
+    if carried.mirror is not None:
+        raise ConfigError("--mirror is for an --out on a disk; s3://... has every checkpoint")
+    if "mlflow" in carried.sinks:
+        raise ConfigError("--metrics mlflow keeps notes on a disk: give an --out there")
 
 
 def read_metrics(checkpoints: str | Path) -> list[dict[str, Any]]:
@@ -158,6 +170,21 @@ class Survey:
             )
 
 
+def copy_line(source: Source, resources: run.Resources) -> str:
+    """What the copies of data in a bucket take of a node's disk, as a worker's node has it.
+
+    Raises:
+        StageError: there is not so much; says the need and what there is.
+    """
+    need, free, where = run.in_task(resources, room_for_dataset, source.uri, source.cache)
+    if need > free:
+        raise StageError(
+            f"training: a copy of {source.uri} and what is mapped of it need {size(need)} in "
+            f"{where} of every node, {size(free)} are free: give another --cache"
+        )
+    return f"each node keeps a copy of {source.uri} in {where}: {size(need)} of {size(free)} free"
+
+
 def survey(
     source: Source,
     config: TrainConfig,
@@ -181,7 +208,7 @@ def survey(
 def _survey(
     source: Source, config: TrainConfig, generator: str, resources: run.Resources, micro_batch: int
 ) -> Survey:
-    model = StableDiffusion.load(generator)
+    model = StableDiffusion.load(local_folder(generator, source.cache))
     data = source.open(model)
     if isinstance(data, LatentDataset):
         data.require_model(model)
@@ -212,6 +239,23 @@ def sharing_workers(resources: run.Resources) -> int:
 
 
 def _fit(told: TrainingRun, resources: run.Resources) -> list[Report]:
+    if told.in_bucket:
+        if told.newest_step:
+            logger.info("training: goes on from step %d of %s", told.newest_step, told.checkpoints)
+    else:
+        _mend(told)
+    progress = TrainingProgress(
+        "training", total=told.config.steps, unit="steps", done=told.newest_step
+    )
+    with _watched(progress) as board:
+        persist(lambda: _train_in_workers(told, resources, board), reached=lambda: told.newest_step)
+    if told.newest_step < told.config.steps:
+        raise StageError(f"training: the workers left no last checkpoint in {told.checkpoints}")
+    return []
+
+
+def _mend(told: TrainingRun) -> None:
+    """What a disk lost of the checkpoints is set aside, and comes from the mirror if it can."""
     for broken in set_aside_broken(told.checkpoints):
         logger.warning("training: %s is broken and set aside; goes on at the one before", broken)
     mirror = told.carried.mirror
@@ -219,22 +263,6 @@ def _fit(told: TrainingRun, resources: run.Resources) -> list[Report]:
         fetched = fetch_newest(mirror, Path(told.checkpoints), beside=METRICS, recipe=told.recipe)
         if fetched is not None:
             logger.info("training: goes on from %s of %s", fetched.name, mirror)
-    progress = TrainingProgress(
-        "training", total=told.config.steps, unit="steps", done=_step_of(told)
-    )
-    with _watched(progress) as board:
-        persist(
-            lambda: _train_in_workers(told, resources, board),
-            reached=lambda: _step_of(told),
-        )
-    if _step_of(told) < told.config.steps:
-        raise StageError(f"training: the workers left no last checkpoint in {told.checkpoints}")
-    return []
-
-
-def _step_of(told: TrainingRun) -> int:
-    found = latest_checkpoint(told.checkpoints)
-    return int(found.name.removeprefix("step-")) if found else 0
 
 
 def persist(
@@ -269,7 +297,6 @@ def persist(
 
 
 def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -> None:
-    scratch = Path(told.checkpoints) / ".ray"
     most = resources.most_actors or resources.actors
     scaling: dict[str, Any] = {"num_workers": most}
     if most > resources.actors:
@@ -282,7 +309,7 @@ def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -
             f"{most} workers cannot share a batch of {told.config.batch_size} samples"
         )
     # What Ray Train keeps of earlier attempts would only make it return their old metrics.
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(told.ray, ignore_errors=True)
     try:
         TorchTrainer(
             train_on_worker,
@@ -292,11 +319,11 @@ def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -
                 resources_per_worker=resources.of_worker,
                 **scaling,
             ),
-            run_config=ray.train.RunConfig(name="editor", storage_path=str(scratch)),
+            run_config=ray.train.RunConfig(name="editor", storage_path=str(told.ray)),
             torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
         ).fit()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(told.ray, ignore_errors=True)
 
 
 class TrainingProgress(Progress):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -17,138 +15,42 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
-from safetensors import SafetensorError
 
-from ip2p_ray import __version__, storage
-from ip2p_ray.atomic import sync
-from ip2p_ray.card import model_card
+from ip2p_ray import storage
 from ip2p_ray.checkpoint import (
-    export_editor,
     latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
 )
 from ip2p_ray.diffusion.model import StableDiffusion
-from ip2p_ray.editor import Editor, EditSettings
+from ip2p_ray.editor import Editor
 from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.images import encode_png, to_pil
-from ip2p_ray.latents import LatentDataset
 from ip2p_ray.memory import is_out_of_memory
-from ip2p_ray.mirror import upload_checkpoint, upload_file
 from ip2p_ray.pictures import PictureDataset
 from ip2p_ray.previews import Shown, decoded, preview
 from ip2p_ray.report import size
 from ip2p_ray.stages.metrics import TrainingMetrics
-from ip2p_ray.training.ema import ema_horizon
+from ip2p_ray.stages.training_run import (
+    SAMPLES,
+    Data,
+    TrainingRun,
+    export,
+    forget_after,
+    forget_here,
+    note,
+    restored,
+    save,
+    upload,
+)
 from ip2p_ray.training.feed import CENTRE
-from ip2p_ray.training.loop import Metrics, TrainConfig, start, train
+from ip2p_ray.training.loop import Metrics, train
 from ip2p_ray.training.sinks import Sink, open_sinks
 from ip2p_ray.training.state import TrainState
 from ip2p_ray.training.validation import validation_loss
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-SAMPLES = "samples"
 _PREVIEW_STEPS = 20
 _TELL_EVERY_S = 0.5
-
-Data = LatentDataset | PictureDataset
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What is trained on."""
-
-    uri: str
-    """A dataset of latents; of pairs where `resolution` is given."""
-    resolution: int | None = None
-    """Height and width that the pictures of pairs are cut to; the autoencoder then runs in every
-    step."""
-
-    def open(self, model: StableDiffusion) -> Data:
-        """All pairs, of every split."""
-        if self.resolution is None:
-            return LatentDataset(self.uri)
-        height, width = model.latent_size(self.resolution, self.resolution)
-        shape = (model.latent_channels, height, width)
-        return PictureDataset(self.uri, resolution=self.resolution, shape=shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Carried:
-    """How a run is carried out and watched; nothing of it changes what is learned."""
-
-    micro_batch: int | None = None
-    """Samples that a worker computes at a time; None splits by config.gradient_accumulation."""
-    readers: int = 1
-    """Threads of each worker that read ahead."""
-    compile: bool = False
-    """Compile the UNet, anew in every attempt; figures differ in their last digits."""
-    save_every: int | None = None
-    """Optimizer steps between two checkpoints; None makes about a dozen."""
-    log_every: int | None = None
-    """Optimizer steps between two lines of metrics; there is one with each checkpoint anyway."""
-    keep: int = 2
-    """Checkpoints that are kept, the newest."""
-    validate_every: int | None = None
-    """Optimizer steps between two measurements of the held-out loss; None makes none."""
-    validation_groups: int = 256
-    """Triplet groups that it is measured on, at most."""
-    sample_every: int | None = None
-    """Optimizer steps between two pages of sample pictures; None makes none."""
-    samples: int = 4
-    """Pictures on a page."""
-    sinks: Sequence[str] = ()
-    """Where figures go besides METRICS, see training.sinks."""
-    mirror: str | None = None
-    """s3://... that every checkpoint is copied to."""
-
-    def __post_init__(self) -> None:
-        for name in ("micro_batch", "readers", "save_every", "log_every", "keep"):
-            self._at_least_1(name)
-        for name in ("validate_every", "validation_groups", "sample_every", "samples"):
-            self._at_least_1(name)
-
-    def _at_least_1(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is at least 1, got {value}")
-
-    def saves(self, step: int, steps: int) -> bool:
-        """Whether a checkpoint is due after this step."""
-        return step % (self.save_every or -(-steps // 12)) == 0 or step == steps
-
-    def logs(self, step: int, steps: int) -> bool:
-        """Whether a line of metrics is due after this step."""
-        own = self.log_every is not None and step % self.log_every == 0
-        return own or self.saves(step, steps)
-
-    def due(self, every: int | None, step: int, steps: int) -> bool:
-        """Whether what is done so often is due after this step; always after the last."""
-        return every is not None and (step % every == 0 or step == steps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRun:
-    """What every worker is told."""
-
-    config: TrainConfig
-    generator: str
-    """Where training starts."""
-    fingerprint: str
-    """Of it."""
-    recipe: str
-    """Digest of all that makes the run; a checkpoint of another is not gone on with."""
-    source: Source
-    data: Mapping[str, Any]
-    """What the source's manifest says, for the model card."""
-    checkpoints: str
-    """Folder of the checkpoints and of METRICS, absolute: workers run in folders of their own."""
-    editor: str
-    """Folder that the finished editor is exported to."""
-    editing: EditSettings
-    carried: Carried = field(default_factory=Carried)
 
 
 @ray.remote(num_cpus=0)
@@ -191,13 +93,13 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
 def _train(told: TrainingRun, board: Any) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    model, state = restored(told, get_device())
+    model, state = restored(told, get_device(), writes=rank == 0)
     data = told.source.open(model)
     if told.carried.validate_every is not None and not len(data.of("held_out")):
         raise ConfigError(f"{told.source.uri} has no held-out pairs: leave out --validate-every")
     if rank == 0:
-        forget_after(told.checkpoints, state.step)
-        last = latest_checkpoint(told.checkpoints)
+        forget_after(told.here, state.step)
+        last = latest_checkpoint(told.here)
         if last is not None:
             upload(told, last)  # the run may have been killed before it did
     steps = train(
@@ -215,9 +117,14 @@ def _train(told: TrainingRun, board: Any) -> None:
         sinks: list[Sink] = []
         if rank == 0:
             config = asdict(told.config)
-            folder = Path(told.checkpoints).parent
             sinks = stack.enter_context(
-                open_sinks(told.carried.sinks, folder, step=state.step, config=config)
+                open_sinks(
+                    told.carried.sinks,
+                    told.here.parent,
+                    step=state.step,
+                    config=config,
+                    run=told.out,
+                )
             )
         watch = _Watch(told, model, state, data, rank, world_size, board, sinks)
         for metrics in steps:
@@ -227,6 +134,8 @@ def _train(told: TrainingRun, board: Any) -> None:
     ray.train.report({"step": state.step})
     if world_size > 1:
         torch.distributed.barrier()
+    if context.get_local_rank() == 0:
+        forget_here(told)
 
 
 class _Watch:
@@ -270,7 +179,7 @@ class _Watch:
             known = {**asdict(metrics), "loss": fmean(self.losses), "workers": self.world_size}
             noted = {**known, **self._speed(), **noted}
             self.losses.clear()
-            note(self.told.checkpoints, noted)
+            note(self.told.here, noted)
             for sink in self.sinks:
                 sink.write(metrics.step, {k: v for k, v in noted.items() if k != "step"})
         if carried.saves(metrics.step, steps):
@@ -317,7 +226,7 @@ class _Watch:
         unet = self.state.unet
         with self.state.ema.applied_to(unet):
             page = preview(Editor(self.model, settings=settings), self.shown)
-        place = Path(self.told.checkpoints).parent / SAMPLES / f"step-{step:08d}.png"
+        place = storage.join(self.told.out, SAMPLES, f"step-{step:08d}.png")
         storage.write_bytes(place, encode_png(page))
 
 
@@ -343,96 +252,3 @@ def _wrapped(world_size: int, compiled: bool, unet: torch.nn.Module) -> torch.nn
         wrapped = torch.compile(wrapped)
     module: torch.nn.Module = wrapped
     return module
-
-
-def restored(told: TrainingRun, device: str | torch.device) -> tuple[StableDiffusion, TrainState]:
-    """The model and the state of the newest checkpoint, or of the start where there is none."""
-    model = StableDiffusion.load(told.generator, device=device)
-    state = start(model, told.config)
-    state.run["recipe"] = told.recipe
-    found = latest_checkpoint(told.checkpoints)
-    if found is not None:
-        load_checkpoint(found, state)
-    return model, state
-
-
-def save(told: TrainingRun, state: TrainState) -> None:
-    """The checkpoint of the state, and its copy where one is asked for.
-
-    Raises:
-        StageError: it cannot be written; the one before is there still.
-    """
-    carried = told.carried
-    root = Path(told.checkpoints)
-    try:
-        if (root / METRICS).exists():  # no kill leaves a checkpoint without its line
-            sync(root / METRICS)
-        saved = save_checkpoint(root, state, keep=carried.keep)
-    except (OSError, SafetensorError) as error:
-        found = latest_checkpoint(root)
-        before = f"the newest is {found.name}" if found else "there is none yet"
-        raise StageError(
-            f"training: the checkpoint of step {state.step} cannot be written to {root} "
-            f"({error}); {before}, and the same command goes on from there once there is room"
-        ) from error
-    upload(told, saved)
-
-
-def upload(told: TrainingRun, saved: Path) -> None:
-    """Copies the checkpoint to the mirror, where one is asked for; nothing if it is there.
-
-    Raises:
-        StorageError: the mirror refuses, or cannot be reached.
-    """
-    if told.carried.mirror is not None:
-        notes = Path(told.checkpoints) / METRICS
-        if notes.exists():
-            upload_file(notes, told.carried.mirror)
-        upload_checkpoint(saved, told.carried.mirror, keep=told.carried.keep)
-
-
-def export(told: TrainingRun, model: StableDiffusion, state: TrainState) -> None:
-    """The editor's folder with its model card."""
-    config = told.config
-    noted = [json.loads(line) for line in noted_lines(told.checkpoints)]
-    scores = {
-        name: [line[name] for line in noted if name in line][-1]
-        for name in ("loss", "validation_loss", "images_per_s")
-        if any(name in line for line in noted)
-    }
-    recipe = {
-        **asdict(config),
-        "ema_horizon": round(ema_horizon(config.ema_decay, max(1, state.ema.updates)), 1),
-        "steps done": state.step,
-    }
-    card = model_card(
-        version=__version__,
-        start={"model": told.generator, "fingerprint": told.fingerprint},
-        data={**told.data, "resolution": told.source.resolution},
-        recipe=recipe,
-        scores=scores,
-    )
-    export_editor(model, state.ema, told.editor, asdict(told.editing), card=card)
-
-
-def note(checkpoints: str | Path, metrics: Mapping[str, Any]) -> None:
-    """A line of METRICS more; it is on the disk when the next checkpoint is saved."""
-    path = Path(checkpoints) / METRICS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(metrics)) + "\n")
-
-
-def forget_after(checkpoints: str | Path, step: int) -> None:
-    """Drops the notes of steps that are taken again, and a line that was cut by a kill."""
-    kept = [line for line in noted_lines(checkpoints) if json.loads(line)["step"] <= step]
-    storage.write_bytes(Path(checkpoints) / METRICS, "".join(kept).encode())
-
-
-def noted_lines(checkpoints: str | Path) -> list[str]:
-    """The lines of METRICS, one for a step, without one whose end was cut off."""
-    path = Path(checkpoints) / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    # a worker whose driver was killed may have lived on for a moment
-    by_step = {json.loads(line)["step"]: line for line in lines if line.endswith("\n")}
-    return list(by_step.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ip2p_ray import files, storage
+from ip2p_ray.copies import local_folder
 from ip2p_ray.edit_sets import Asked, Turns, inputs, read_edits
 from ip2p_ray.errors import ConfigError, ImageError, LargeImageError, StageError
 from ip2p_ray.images import decode_stored, encode_png, to_pil
@@ -137,7 +138,8 @@ def _asked(source: TaskSource) -> Iterator[Asked]:
 
 
 def _path(source: TaskSource) -> Path:
-    return storage.local_path(source.data)
+    """Of the set; from a bucket it is copied once, with all its pictures."""
+    return Path(local_folder(source.data))
 
 
 def _drawn(source: TaskSource) -> Iterator[Asked]:

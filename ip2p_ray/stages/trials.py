@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +24,7 @@ import pyarrow as pa
 from ip2p_ray import storage
 from ip2p_ray.answerers import Answerer, Answering, EditorAnswerer, GeneratorAnswerer
 from ip2p_ray.clip import Clip
+from ip2p_ray.copies import local_folder
 from ip2p_ray.dino import Dino
 from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.generator import DTypeName, GeneratorWeights
@@ -33,9 +33,9 @@ from ip2p_ray.measures import Measurer, Shown
 from ip2p_ray.memory import is_out_of_memory
 from ip2p_ray.miniature import scores
 from ip2p_ray.pairs import PairConfig
-from ip2p_ray.presets import folder_fingerprint
 from ip2p_ray.report import Report
 from ip2p_ray.stages import plan, run
+from ip2p_ray.stages.models import fingerprint, local_weights
 from ip2p_ray.stages.trial_tasks import TaskSource, make_tasks
 from ip2p_ray.trials import (
     ANSWERED,
@@ -71,8 +71,9 @@ class Judges:
 
     def load(self, batch_size: int) -> Measurer:
         """Ready to judge so many pictures at a time."""
-        dino = Dino.load(self.dino, self.device) if self.dino else None
-        return Measurer(Clip.load(self.clip, self.device), dino, at_a_time=batch_size)
+        dino = Dino.load(local_folder(self.dino), self.device) if self.dino else None
+        clip = Clip.load(local_folder(self.clip), self.device)
+        return Measurer(clip, dino, at_a_time=batch_size)
 
 
 @contextmanager
@@ -107,7 +108,7 @@ class AnswerTasks:
     def _answering(self) -> Answering:
         """Loaded in a call: what a constructor raises arrives from Ray as a traceback only."""
         with fitting("loading a model", self._device):
-            return self._answerer.load(self._device, self._batch_size)
+            return _here(self._answerer).load(self._device, self._batch_size)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The batch with the answers of each task."""
@@ -186,7 +187,7 @@ class Contest:
     """Who answers, who judges, and with which machines."""
 
     editors: Mapping[str, str]
-    """Folder or hub id of each editor, by what it is called; the first is compared with."""
+    """Folder, s3://... or hub id of each editor by its name; the first is compared with."""
     generator: GeneratorWeights
     """Of the baselines."""
     pairs: PairConfig
@@ -284,10 +285,11 @@ def _survey(answerers: Sequence[Answerer]) -> list[float]:
     found = []
     for answerer in answerers:
         with fitting("loading a model", "cpu"):
-            if isinstance(answerer, EditorAnswerer):
-                found.append(answerer.editor().settings.text_guidance_scale)
+            here = _here(answerer)
+            if isinstance(here, EditorAnswerer):
+                found.append(here.editor().settings.text_guidance_scale)
             else:
-                answerer.load("cpu", 1)
+                here.load("cpu", 1)
     return found
 
 
@@ -327,21 +329,25 @@ def _config(answerer: Answerer, trials: TrialConfig) -> dict[str, Any]:
 
 
 def _fingerprints(contest: Contest) -> dict[str, str]:
-    found = {name: _fingerprint(editor) for name, editor in contest.editors.items()}
+    found = {name: fingerprint(editor) for name, editor in contest.editors.items()}
     weights = contest.generator
-    found[GENERATOR] = _fingerprint(weights.source)
+    found[GENERATOR] = fingerprint(weights.source)
     if weights.vae is not None:
-        found[GENERATOR] += _fingerprint(weights.vae)
-    found["judge"] = Clip.load(contest.judges.clip).fingerprint()
+        found[GENERATOR] += fingerprint(weights.vae)
+    found["judge"] = Clip.load(local_folder(contest.judges.clip)).fingerprint()
     if contest.judges.dino is not None:
-        Dino.load(contest.judges.dino)  # told now, not after hours
-        found["dino"] = _fingerprint(contest.judges.dino)
+        Dino.load(local_folder(contest.judges.dino))  # told now, not after hours
+        found["dino"] = fingerprint(contest.judges.dino)
     return found
 
 
-def _fingerprint(source: str) -> str:
-    """Of a local folder its content's; a hub id stands for itself."""
-    return folder_fingerprint(Path(source)) if Path(source).is_dir() else source
+def _here(answerer: Answerer) -> Answerer:
+    """The same, with its model on this machine."""
+    if isinstance(answerer, EditorAnswerer):
+        return replace(answerer, source=local_folder(answerer.source))
+    if isinstance(answerer, GeneratorAnswerer):
+        return replace(answerer, weights=local_weights(answerer.weights))
+    return answerer
 
 
 def _answer(

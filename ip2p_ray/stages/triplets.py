@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from ip2p_ray import storage
+from ip2p_ray.copies import local_folder
 from ip2p_ray.errors import ConfigError, StageError
 from ip2p_ray.gallery import triplets_page
 from ip2p_ray.places import Places
@@ -58,8 +59,8 @@ class WriteReplies:
         from ip2p_ray.clip import Clip
         from ip2p_ray.triplets.local_writer import LocalWriter
 
-        self._writer = LocalWriter.load(writer, device)
-        self._fits = Clip.load(judge).fits if judge else fits_openai
+        self._writer = LocalWriter.load(local_folder(writer), device)
+        self._fits = Clip.load(local_folder(judge)).fits if judge else fits_openai
         self._seed = seed
 
     def __call__(self, batch: pa.Table) -> pa.Table:

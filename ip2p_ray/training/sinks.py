@@ -47,9 +47,16 @@ def require_sinks(names: Sequence[str]) -> None:
 
 @contextmanager
 def open_sinks(
-    names: Sequence[str], folder: Path, *, step: int, config: Mapping[str, Any]
+    names: Sequence[str],
+    folder: Path,
+    *,
+    step: int,
+    config: Mapping[str, Any],
+    run: str | None = None,
 ) -> Iterator[list[Sink]]:
     """The sinks of the run in `folder`, which goes on after `step`; closed after the block.
+
+    `run` is what the run is known by, where its folder may be another one next time.
 
     A run that is resumed goes on under the same name. Figures after `step` are written anew in
     TensorBoard and MLflow; Weights & Biases keeps those that it has of a step.
@@ -57,14 +64,14 @@ def open_sinks(
     with ExitStack() as stack:
         found: list[Sink] = []
         for name in names:
-            sink = _OPEN[name](folder, step, config)
+            sink = _OPEN[name](folder, step, config, run or str(folder))
             stack.callback(sink.close)
             found.append(sink)
         yield found
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, step: int, config: Mapping[str, Any], _run: str) -> None:
         writer = import_module("tensorboardX").SummaryWriter
         self._writer = writer(
             logdir=str(folder / "tensorboard"),
@@ -84,8 +91,8 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    def __init__(self, folder: Path, _step: int, config: Mapping[str, Any]) -> None:
-        name = blake2b(str(folder).encode(), digest_size=8).hexdigest()
+    def __init__(self, folder: Path, _step: int, config: Mapping[str, Any], run: str) -> None:
+        name = blake2b(run.encode(), digest_size=8).hexdigest()
         options = {"id": name, "resume": "allow", "dir": str(folder), "config": dict(config)}
         self._run = import_module("wandb").init(project="ip2p_ray", **options)
 
@@ -97,7 +104,7 @@ class _WeightsAndBiases:
 
 
 class _MLflow:
-    def __init__(self, folder: Path, _step: int, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, _step: int, config: Mapping[str, Any], _run: str) -> None:
         self._mlflow = import_module("mlflow")
         note = folder / "mlflow-run"
         if "MLFLOW_TRACKING_URI" not in os.environ:  # else it lies where the worker happens to be

@@ -55,7 +55,7 @@ class Example:
     """Its file and line."""
 
 
-def load_examples(path: Path | None = None) -> list[Triplet]:
+def load_examples(path: files.File | None = None) -> list[Triplet]:
     """The triplets of a file in its order, by default the package's own.
 
     Raises:
@@ -64,7 +64,7 @@ def load_examples(path: Path | None = None) -> list[Triplet]:
     return [example.triplet for example in read_examples(path)]
 
 
-def read_examples(path: Path | None = None) -> list[Example]:
+def read_examples(path: files.File | None = None) -> list[Example]:
     """The examples of a file of any form that `published` reads; the rest as `load_examples`."""
     path = path or EXAMPLES
     examples = list(_examples(path))
@@ -109,7 +109,7 @@ def count_kinds(examples: Iterable[Example]) -> dict[str, int]:
     return {kind: counts[kind] for kind in KINDS}
 
 
-def _examples(path: Path) -> Iterator[Example]:
+def _examples(path: files.File) -> Iterator[Example]:
     names = published.columns_of(path)
     for number, row in files.read_numbered(path, names):
         where = f"{path}:{number}"

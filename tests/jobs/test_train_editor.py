@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import time
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -19,14 +21,23 @@ from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.latents import encode_pairs
 from ip2p_ray.schema import LATENTS, PAIRS
 from ip2p_ray.stages.training import read_metrics
-from ip2p_ray.testing import tiny_stable_diffusion
+from ip2p_ray.testing import FaultyWay, WayFaults, tiny_stable_diffusion
 from tests.jobs.running import ROOT, Job
 
 JOB = Job("train_editor.py")
 command, run_job = JOB.command, JOB.run
 
 FLAGS = {
-    *("--latents", "--pairs", "--out", "--preset", "--start", "--dry-run", "--no-dry-run"),
+    *(
+        "--latents",
+        "--pairs",
+        "--out",
+        "--cache",
+        "--preset",
+        "--start",
+        "--dry-run",
+        "--no-dry-run",
+    ),
     *("--resolution", "--steps", "--batch-size", "--learning-rate", "--warmup-steps", "--decay"),
     *("--weight-decay", "--max-grad-norm", "--ema-horizon", "--dropout", "--min-snr-gamma"),
     *("--flips", "--seed", "--bf16", "--gradient-checkpointing", "--channels-last"),
@@ -69,7 +80,12 @@ def test_the_flags_are_those_that_were_promised():
         (["--latents", "l", "--workers", "3", "--most-workers", "2"], "--most-workers is at least"),
         (["--latents", "l", "--ema-horizon", "0.5"], "--ema-horizon is at least 1"),
         (["--latents", "l", "--dropout", "0.4"], "--dropout lies in"),
-        (["--latents", "s3://b/l"], "only local datasets can be read"),
+        (["--latents", "gs://b/l"], "--latents gs://b/l: give a folder here or s3://bucket/folder"),
+        (["--latents", "l", "--out", "s3://"], "--out s3:// names no bucket"),
+        (
+            ["--latents", "l", "--out", "s3://b/o", "--mirror", "s3://b/m"],
+            "--mirror is for an --out",
+        ),
         (["--latents", "l", "--mirror", "/tmp/m"], "give s3://bucket/folder"),
         (["--latents", "l", "--metrics", "paper"], "--metrics"),
         (["--latents", "l", "--worker-resources", "GPU=1"], "GPU is Ray's own; it has flags"),
@@ -127,6 +143,28 @@ def test_missing_data_and_libraries_end_it_before_anything_starts(asked, tmp_pat
     done = run_job(*asked, "--out", tmp_path, "--metrics", "mlflow")
     assert done.returncode == 1
     assert "metrics to mlflow need the library mlflow" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--latents", "--out", "--mirror", "--start"])
+def test_a_bucket_that_is_not_there_is_told_before_a_model_is_loaded(asked, bucket, tmp_path, flag):
+    done = run_job(*asked, "--out", tmp_path, flag, "s3://test-none/it")
+    assert done.returncode == 1
+    assert "there is no bucket test-none at http://" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [("AccessDenied", "access is denied"), ("ExpiredToken", "the credentials have expired")],
+)
+def test_a_bucket_that_refuses_is_told_before_a_model_is_loaded(
+    asked, bucket, bucket_endpoint, code, told
+):
+    with FaultyWay(bucket_endpoint, WayFaults(refusal=(403, code))) as way:
+        done = run_job(*asked, "--out", f"{bucket}/run", AWS_ENDPOINT_URL=way.url)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.ray
@@ -191,14 +229,12 @@ def test_an_editor_is_trained_further_on_pictures_with_lora_by_two_workers(asked
 def curve(folder):
     return [
         {name: row[name] for name in EXACT if name in row}
-        for row in read_metrics(folder / "checkpoints")
+        for row in read_metrics(storage.join(folder, "checkpoints"))
     ]
 
 
 def workers_below(pid):
     """Process ids of Ray Train's workers below a process."""
-    import psutil
-
     return [
         child.pid
         for child in psutil.Process(pid).children(recursive=True)
@@ -293,3 +329,107 @@ def test_a_run_goes_on_from_its_mirror_where_the_disk_is_lost(asked, bucket, tmp
     other = run_job(*flags, "--out", tmp_path / "third", "--learning-rate", 1e-3)
     assert other.returncode == 1
     assert "made differently, or of other data: give another --mirror" in other.stderr
+
+
+@pytest.fixture
+def stored(data, tiny_weights, bucket, tmp_path):
+    """The flags of `asked` with everything in a bucket, and a cache for the machine."""
+    storage.upload(data, bucket)
+    storage.upload(tiny_weights / "generator", f"{bucket}/generator")
+    start = ["--start", f"{bucket}/generator", "--steps", 8, "--batch-size", 4]
+    flags = ["--latents", f"{bucket}/latents", *start, "--log-every", 1, "--save-every", 2]
+    return [*flags, "--cache", tmp_path / "cache"]
+
+
+def tree(uri):
+    """What lies below a URI, without what tells the time."""
+    if storage.is_local(uri):
+        root = storage.local_path(uri)
+        names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    else:
+        names = [found.name for found in objects.listing(uri)]
+    told = ("_origin.json", "_manifest.json", "metrics.jsonl", "README.md", ".lock")
+    return {
+        name: storage.read_bytes(storage.join(uri, name))
+        for name in names
+        if name.rpartition("/")[2] not in told
+    }
+
+
+@pytest.mark.ray
+def test_a_run_in_a_bucket_is_that_of_a_folder(asked, stored, bucket, tmp_path):
+    watched = ["--validate-every", 4, "--sample-every", 8, "--samples", 2]
+    done = run_job(*asked, *watched, "--out", tmp_path / "here")
+    assert done.returncode == 0, done.stderr
+    watched += ["--metrics", "tensorboard"]
+    done = run_job(*stored, *watched, "--out", f"{bucket}/run")
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        rf"plan: each node keeps a copy of {bucket}/latents in .*/cache: [\d.]+ kB of", done.stdout
+    )
+    here, there = tree(tmp_path / "here"), tree(f"{bucket}/run")
+    events = [name for name in there if name.startswith("tensorboard/events.")]
+    assert len(events) == 1
+    assert {name: data for name, data in there.items() if name not in events} == here
+    assert curve(f"{bucket}/run") == curve(tmp_path / "here")
+    card = storage.read_bytes(f"{bucket}/run/editor/README.md").decode()
+    assert f"{bucket}/generator" in card
+    assert storage.read_manifest(f"{bucket}/run/checkpoints").config["steps"] == 8
+    cache = tmp_path / "cache"
+    assert sorted(path.name for path in cache.iterdir()) == ["datasets", "folders", "runs"]
+    assert list((cache / "runs").iterdir()) == []
+    assert len([path for path in (cache / "datasets").iterdir() if path.is_dir()]) == 1
+
+    storage.remove_all(f"{bucket}/run/editor")
+    again = run_job(*stored, *watched, "--out", f"{bucket}/run")
+    assert again.returncode == 0, again.stderr
+    assert "the editor is gone; exporting it again" in again.stdout
+    assert tree(f"{bucket}/run/editor") == tree(tmp_path / "here" / "editor")
+    assert list((cache / "runs").iterdir()) == []
+
+
+def saved(run):
+    """The steps of the checkpoints in a bucket."""
+    names = (found.name.split("/") for found in objects.listing(f"{run}/checkpoints"))
+    return {name[0] for name in names if name[-1] == "checksums.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(2400)
+def test_kills_and_lost_disks_and_faults_leave_the_same_bytes_in_the_bucket(
+    stored, bucket, bucket_endpoint, tmp_path
+):
+    """The driver is killed at random moments, and the machine's disk is lost every time."""
+    flags = [*stored, "--steps", 120, "--save-every", 7, "--log-every", 3]
+    done = run_job(*flags, "--out", f"{bucket}/whole")
+    assert done.returncode == 0, done.stderr
+    random, kills = np.random.default_rng(5), 0
+    faults = WayFaults(slow_down=0.03, hang_up=0.03, lost=0.03, cut=0.03)
+    with FaultyWay(bucket_endpoint, faults) as way:
+        while True:
+            job = subprocess.Popen(
+                command(*flags, "--out", f"{bucket}/killed"),
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "AWS_ENDPOINT_URL": way.url},
+            )
+            before = saved(f"{bucket}/killed")
+            while job.poll() is None and (kills == 3 or saved(f"{bucket}/killed") <= before):
+                time.sleep(0.05)
+            if job.poll() is not None:
+                break
+            time.sleep(random.uniform(0.0, 1.0))
+            below = psutil.Process(job.pid).children(recursive=True)
+            for process in (job, *below):  # the machine is lost with all that runs on it
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            job.wait()
+            kills += 1
+            shutil.rmtree(tmp_path / "cache")
+        assert job.returncode == 0, job.stderr.read().decode()[-3000:]
+        assert all(way.counts[kind] for kind in ("slow_down", "hang_up", "lost", "cut"))
+    assert kills == 3
+    assert tree(f"{bucket}/killed") == tree(f"{bucket}/whole")
+    assert curve(f"{bucket}/killed") == curve(f"{bucket}/whole")

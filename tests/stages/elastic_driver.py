@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ip2p_ray import presets
 from ip2p_ray.stages import run, training
-from ip2p_ray.stages.training_worker import Carried, Source
+from ip2p_ray.stages.training_run import Carried, Source
 from ip2p_ray.storage import absolute
 
 

@@ -12,7 +12,7 @@ from ip2p_ray.generator import Holding
 from ip2p_ray.pairs import PairConfig
 from ip2p_ray.stages import latents, run, training
 from ip2p_ray.stages.pairs import Making, generate_pairs
-from ip2p_ray.stages.training_worker import Carried, Source
+from ip2p_ray.stages.training_run import Carried, Source
 from ip2p_ray.testing.pairs import DrawingJudge, Sleep, SleepingGenerator, models
 
 CONFIG = PairConfig(candidates=4, keep=2, thresholds=Thresholds(text=0.1, image=0.1, direction=0.1))
@@ -47,11 +47,11 @@ def encode(pairs: str, uri: str, generator: str) -> None:
         latents.encode_latents(pairs, uri, models={"generator": "tiny"}, **asked)
 
 
-def train(source: str, folder: str, weights: str, steps: str) -> None:
+def train(source: str, folder: str, weights: str, steps: str, pool: str = "trainer") -> None:
     """Two workers in the trainers' pool."""
     preset = presets.miniature(Path(weights))
     config = replace(preset.training, steps=int(steps), batch_size=4)
-    resources = run.Resources(actors=2, cpus=1.0, custom=(("trainer", 1.0),))
+    resources = run.Resources(actors=2, cpus=1.0, custom=((pool, 1.0),))
     data = Source(uri=source)
     with run.local_ray(workers=2, actors=[resources]):
         training.survey(
@@ -65,7 +65,7 @@ def train(source: str, folder: str, weights: str, steps: str) -> None:
             editing=preset.editing,
             models={"generator": "tiny"},
             resources=resources,
-            carried=Carried(micro_batch=2, save_every=25, log_every=1),
+            carried=Carried(micro_batch=2, save_every=20, log_every=1),
         )
 
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -94,7 +95,7 @@ def test_scores_have_their_baselines(made):
 
 def test_the_report_stands_alone(made):
     written = write_report(str(made.folder), made.questions, seed=0)
-    metrics = json.loads(written.metrics.read_text(encoding="utf-8"))
+    metrics = json.loads(Path(written.metrics).read_text(encoding="utf-8"))
     assert list(metrics) == [
         "editor",
         "shipped_editor",
@@ -115,8 +116,8 @@ def test_the_report_stands_alone(made):
         "training",
         "evaluation",
     }
-    text = written.report.read_text(encoding="utf-8")
+    text = Path(written.report).read_text(encoding="utf-8")
     assert "http" not in text
     assert text.count("data:image/png;base64,") > 20
     assert text.count("<svg") == 2
-    assert decode_image(written.example.read_bytes()).size == (64, 64)
+    assert decode_image(Path(written.example).read_bytes()).size == (64, 64)

@@ -22,7 +22,7 @@ from ip2p_ray.errors import Ip2pError, StageError
 from ip2p_ray.latents import LatentDataset
 from ip2p_ray.stages.run import Resources
 from ip2p_ray.stages.training import persist, read_metrics, train_editor
-from ip2p_ray.stages.training_worker import METRICS, forget_after, note
+from ip2p_ray.stages.training_run import METRICS, forget_after, note
 from ip2p_ray.testing import killed_at
 from ip2p_ray.training.ema import Ema
 from ip2p_ray.training.loop import start, train
