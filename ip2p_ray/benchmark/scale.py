@@ -7,6 +7,7 @@ they hardly depend on what else the machine does. Nothing here starts Ray or a m
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -22,6 +23,8 @@ from urllib.request import Request, urlopen
 
 from ip2p_ray.atomic import atomic_file
 from ip2p_ray.command import require_place
+
+logger = logging.getLogger(__name__)
 
 Part = Literal[
     "distinct", "places", "index", "order", "queue", "explosion", "manifest", "listing", "footers"
@@ -85,7 +88,10 @@ def run(job: Options) -> str:
     figures: list[Figure] = []
     for part in job.parts:
         with tempfile.TemporaryDirectory() as folder:
-            figures += measures[part](job, Path(folder))
+            made = measures[part](job, Path(folder))
+        for figure in made:  # now, for a later part may be ended for want of time
+            logger.info("%s", figure.line())
+        figures += made
     found["figures"] = [vars(figure) for figure in figures]
     if job.json is not None:
         with atomic_file(job.json) as new:
