@@ -159,7 +159,7 @@ class LatentDataset(MappedRows):
     def _shape(self) -> tuple[int, int, int]:
         column = self._table["shape"]
         first = column[0].as_py()
-        same = all(
+        same = len(first) == 3 and all(
             pc.all(pc.equal(pc.list_value_length(chunk), len(first))).as_py()
             and bool((chunk.flatten().to_numpy().reshape(-1, len(first)) == first).all())
             for chunk in column.chunks
