@@ -54,7 +54,7 @@ class Pools:
             stderr=subprocess.STDOUT,
         )
 
-    def wait(self, driver, log, condition, seconds=240):
+    def wait(self, driver, log, condition, seconds=600):
         """Until the condition comes true while the driver runs."""
         ends = time.monotonic() + seconds
         while not condition():
@@ -63,7 +63,7 @@ class Pools:
             self.look()
             time.sleep(0.05)
 
-    def finish(self, driver, log, seconds=240):
+    def finish(self, driver, log, seconds=600):
         """Until the driver has ended well."""
         ends = time.monotonic() + seconds
         while driver.poll() is None:

@@ -392,7 +392,7 @@ def guarded(name: str, work: Callable[[], object]) -> int:
             raise
         sys.stderr.write(f"{name}: {sentence(told)}\n")
         if logs.wants_json():
-            with logs.about(job=name):
+            with logs.about(**logs.about_error(error)):
                 logger.error("%s", sentence(told))
         return BUDGET_REACHED if isinstance(told, BudgetError) else 1
     return 0

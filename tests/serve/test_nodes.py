@@ -20,7 +20,7 @@ from tests.serve.test_service import free_port
 
 logger = logging.getLogger(__name__)
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 DRIVER = Path(__file__).parent / "nodes_driver.py"
 REQUESTS, STEPS = 32, 150

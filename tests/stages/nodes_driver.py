@@ -12,7 +12,7 @@ from ip2p_ray.generator import Holding
 from ip2p_ray.pairs import PairConfig
 from ip2p_ray.stages import latents, run, training
 from ip2p_ray.stages.pairs import Making, generate_pairs
-from ip2p_ray.stages.training_worker import Carried, Source
+from ip2p_ray.stages.training_run import Carried, Source
 from ip2p_ray.testing.pairs import DrawingJudge, Sleep, SleepingGenerator, models
 
 CONFIG = PairConfig(candidates=4, keep=2, thresholds=Thresholds(text=0.1, image=0.1, direction=0.1))
@@ -65,7 +65,7 @@ def train(source: str, folder: str, weights: str, steps: str) -> None:
             editing=preset.editing,
             models={"generator": "tiny"},
             resources=resources,
-            carried=Carried(micro_batch=2, save_every=25, log_every=1),
+            carried=Carried(micro_batch=2, save_every=20, log_every=1),
         )
 
 

@@ -22,12 +22,12 @@ from tests.nodes import BOOKKEEPING, pools
 
 logger = logging.getLogger(__name__)
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 DRIVER = Path(__file__).parent / "nodes_driver.py"
-TRIPLETS, MADE, SECONDS = 48, 10, 0.3
-COUNT, WRITTEN = 400, 10
-STEPS, NOTED = 300, 60
+TRIPLETS, MADE, SECONDS = 32, 8, 0.3
+COUNT, WRITTEN = 240, 6
+STEPS, NOTED = 200, 40
 
 
 @pytest.fixture(scope="module")
