@@ -130,8 +130,9 @@ def test_arrow_tries_as_often_in_another_process(bucket, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
         system, path = objects.filesystem(f"{bucket}/a")
         for expected in (4, 8):
-            with pytest.raises(OSError, match="HTTP status 503"):
+            with pytest.raises(OSError, match="HTTP status 503") as raised:
                 system.open_input_file(path)
+            assert str(run.own_error(raised.value)).endswith("the same command goes on")
             assert way.counts["HEAD"] == expected
             system = pickle.loads(pickle.dumps(system))
 

@@ -237,6 +237,7 @@ def test_a_dry_run_for_a_bucket_asks_no_disk(bucket):
     assert "free" not in " ".join(plan.lines())
 
 
+@pytest.mark.timeout(900)
 def test_what_a_bucket_refuses_is_one_sentence_before_a_model_is_looked_for(bucket, tmp_path):
     write_pairs(str(tmp_path / "pairs"), 2)
     for flags, refusal, told in refused(bucket, "--pairs", tmp_path / "pairs"):

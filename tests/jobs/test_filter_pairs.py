@@ -176,6 +176,7 @@ def test_what_is_wrong_with_the_data_is_one_sentence_and_status_1(tmp_path, mine
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.timeout(1800)
 def test_a_bucket_is_read_and_written_as_a_folder(bucket, tmp_path, mine):
     own = tmp_path / "own"
     (own / "pictures").mkdir(parents=True)
@@ -238,6 +239,7 @@ def test_a_bucket_is_read_and_written_as_a_folder(bucket, tmp_path, mine):
     assert f"folder {bucket}/taken is not empty (file is in it); give a new one" in taken.stderr
 
 
+@pytest.mark.timeout(900)
 def test_what_a_bucket_refuses_is_one_sentence_before_a_model_is_looked_for(bucket, tmp_path, mine):
     for flags, refusal, told in refused(bucket, "--input", mine):
         with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=refusal)) as way:

@@ -81,6 +81,7 @@ def test_a_missing_dataset_and_a_folder_in_use_end_it_before_anything_starts(tmp
     assert done.stderr.startswith(f"generate_pairs: another run is working in {tmp_path}")
 
 
+@pytest.mark.timeout(900)
 def test_what_a_bucket_refuses_is_one_sentence_before_a_model_is_looked_for(bucket, tmp_path):
     write_triplets(str(tmp_path / "triplets"), 3)
     for flags, refusal, told in refused(bucket, "--triplets", tmp_path / "triplets"):
