@@ -271,8 +271,8 @@ def make(
     """The manifest of the dataset at `uri`, made by `build` unless it lies there whole.
 
     Its device_seconds are asked for once it is built. Its wall_seconds are those of all attempts
-    at it: each notes its time in ORIGIN when it ends and every `note_every_s` seconds, which is
-    the most that kill -9 loses.
+    at it: each notes in ORIGIN its time, how far it is and how it ended (`notes`), when it ends and
+    every `note_every_s` seconds, which is the most that kill -9 loses.
 
     Raises:
         DatasetError: something made from another origin lies there.
