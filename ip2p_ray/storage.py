@@ -377,7 +377,8 @@ def count_rows(shard: str | Path) -> int:
         DatasetError: it is no whole Parquet file, or has a column of an extension type.
     """
     try:
-        return int(parquet.opened(opened(shard), shard).metadata.num_rows)
+        with parquet.opened(opened(shard), shard) as file:
+            return int(file.metadata.num_rows)
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"shard {shard} is no whole Parquet file: {error}") from error
 

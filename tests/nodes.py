@@ -10,11 +10,13 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 
-BOOKKEEPING = {
-    *("ray::Tally", "ray::Board", "ray::TrainController", "ray::_StatsActor"),
-    *("ray::AutoscalingCoordinatorActor", "ray::DatasetStatsActor", "ray::StatsActor"),
-}
-"""What may live beside the driver: it counts and decides, and holds no CPU."""
+BOOKKEEPING = (
+    *("Tally", "Board", "TrainController", "SynchronizationActor", "PlacementGroupCleaner"),
+    *("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"),
+    *("_StatsSummaryActor", "_UsageCollectionActor", "_clean_pending_checkpoints_task"),
+    *("_get_arrow_schema_from_block", "PreemptionWatcher", "TrainStateActor"),
+)
+"""What of ours and of Ray's may live beside the driver: it counts and decides, and holds no CPU."""
 
 
 class Pools:
@@ -26,6 +28,7 @@ class Pools:
         self.nodes["head"] = [cluster.head_node]
         self.seen = defaultdict(set)
         """What ran on the nodes of each pool, by the titles of Ray's processes."""
+        self.drivers = []
 
     def add(self, pool, *, cpus=1, amount=1.0):
         """One more node of the pool."""
@@ -47,12 +50,21 @@ class Pools:
 
     def start(self, driver, *arguments, log):
         """The driver's process; what it says is added to the log."""
-        return subprocess.Popen(
+        started = subprocess.Popen(
             [sys.executable, driver, *map(str, arguments)],
             env={**os.environ, "RAY_ADDRESS": self.cluster.address},
             stdout=log.open("a"),
             stderr=subprocess.STDOUT,
         )
+        self.drivers.append(started)
+        return started
+
+    def close(self):
+        """Nothing is left running."""
+        for driver in self.drivers:
+            driver.kill()
+            driver.wait()
+        self.cluster.shutdown()
 
     def wait(self, driver, log, condition, seconds=600):
         """Until the condition comes true while the driver runs."""
@@ -71,6 +83,12 @@ class Pools:
             self.look()
             time.sleep(0.05)
         assert driver.returncode == 0, log.read_text()[-3000:]
+
+    @property
+    def head_work(self):
+        """What ran on the head beside what only keeps books."""
+        books = tuple(f"ray::{name}" for name in BOOKKEEPING)
+        return {title for title in self.seen["head"] if not title.startswith(books)}
 
     def where(self, name):
         """The pools on which something of that name ran."""
@@ -106,7 +124,8 @@ def pools():
             connect=False,
             head_node_args={"num_cpus": 0, "include_dashboard": False},
         )
+        found = Pools(cluster)
         try:
-            yield Pools(cluster)
+            yield found
         finally:
-            cluster.shutdown()
+            found.close()

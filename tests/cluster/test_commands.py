@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.cluster.jobs import parsed
-from tests.cluster.manifests import CLUSTER, containers, documents, ray_cluster, rendered
+from tests.cluster.manifests import CLUSTER, ROOT, containers, documents, ray_cluster, rendered
 
 JOBS = {
     "generate": "jobs/generate_pairs.py",
@@ -164,3 +164,21 @@ def test_in_place_and_beside_differ_in_nothing_else():
     assert in_place["spec"].pop("upgradeStrategy") == {"type": "None"}
     assert beside["spec"].pop("upgradeStrategy") == {"type": "NewCluster"}
     assert in_place == beside
+
+
+def test_variables_of_ours_are_read_by_someone():
+    code = [*ROOT.glob("ip2p_ray/**/*.py"), *ROOT.glob("serve/*.py")]
+    read = "\n".join(path.read_text("utf-8") for path in code)
+    found = {
+        variable["name"]
+        for tree in ("overlays/gpu", "jobs", "service")
+        for doc in rendered(tree)
+        for _, container in containers(doc)
+        for variable in container.get("env", [])
+    }
+    assert {name for name in found if name.startswith("IP2P_")} == {
+        "IP2P_LOG",
+        "IP2P_API_KEYS_FILE",
+    }
+    for name in ("IP2P_LOG", "IP2P_API_KEYS_FILE"):
+        assert f'"{name}"' in read
