@@ -91,11 +91,14 @@ def main(job: EncodeLatents) -> int:
 
 
 def _encode(job: EncodeLatents) -> None:
-    from ip2p_ray import presets, storage
-    from ip2p_ray.stages import latents, run
+    from ip2p_ray import storage
 
     out, pairs = storage.absolute(job.out), storage.absolute(job.pairs)
     uri = storage.join(out, "latents")
+    storage.require_manifest(pairs)  # before what takes long to load
+    from ip2p_ray import presets
+    from ip2p_ray.stages import latents, run
+
     resolution = job.resolution or (None if job.preset == "miniature" else 256)
     asked: dict[str, Any] = {
         "generator": job.model or presets.by_name(job.preset).generator,
@@ -111,7 +114,6 @@ def _encode(job: EncodeLatents) -> None:
             custom=custom_resources("--actor-resources", job.actor_resources),
         ),
     }
-    storage.require_manifest(pairs)
     with run.locked(out), run.local_ray(workers=job.actors, actors=[asked["resources"]]):
         if job.dry_run or not storage.any_there(uri):
             plan = latents.plan_of(pairs, out, **asked)
