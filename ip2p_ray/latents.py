@@ -157,7 +157,15 @@ class LatentDataset(MappedRows):
         return flat.reshape(shape)
 
     def _shape(self) -> tuple[int, int, int]:
-        shapes = {tuple(shape) for shape in self._table["shape"].to_pylist()}
+        column = self._table["shape"]
+        first = column[0].as_py()
+        same = all(
+            pc.all(pc.equal(pc.list_value_length(chunk), len(first))).as_py()
+            and bool((chunk.flatten().to_numpy().reshape(-1, len(first)) == first).all())
+            for chunk in column.chunks
+            if len(chunk)
+        )
+        shapes = {tuple(first)} if same else {tuple(shape) for shape in column.to_pylist()}
         if len(shapes) > 1 or len(next(iter(shapes))) != 3:
             raise DatasetError(
                 f"latents {self._name} need one shape (channel, height, width), "

@@ -24,6 +24,7 @@ JSON = "json"
 
 _ABOUT: ContextVar[Mapping[str, str]] = ContextVar("about", default={})  # noqa: B039 - never changed
 _OF_THE_PROCESS: dict[str, str] = {}
+_OF_AN_ERROR = "_ip2p_about"
 
 _printed = logging.getLogger("ip2p_ray.printed")
 
@@ -34,8 +35,16 @@ def about(**names: str) -> Iterator[None]:
     before = _ABOUT.set({**_ABOUT.get(), **names})
     try:
         yield
+    except Exception as error:
+        vars(error).setdefault(_OF_AN_ERROR, _ABOUT.get())
+        raise
     finally:
         _ABOUT.reset(before)
+
+
+def about_error(error: Exception) -> dict[str, str]:
+    """What the innermost block was of that the error left."""
+    return {**vars(error).get(_OF_AN_ERROR, {})}
 
 
 def belong(**names: str) -> None:

@@ -1,19 +1,22 @@
 """Rows of shards by index, from memory-mapped files: nothing is loaded before it is read.
 
 Rows belong to groups (their triplet key). Groups are sorted by that key and the rows of a group by
-pair key, so an index means the same row however the shards were cut.
+pair key, so an index means the same row however the shards were cut. In memory are some ten bytes a
+row; while the shards are opened, some hundred and fifty.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ip2p_ray import parquet
 from ip2p_ray.atomic import atomic_file
@@ -22,6 +25,9 @@ from ip2p_ray.errors import DatasetError
 Mapped = TypeVar("Mapped", bound="MappedRows")
 
 Paths = str | Path | Iterable[str | Path]
+ROWS = npt.NDArray[np.uint32 | np.uint64]
+
+_ROWS_AT_ONCE = 1 << 16
 
 
 class MappedRows:
@@ -59,31 +65,33 @@ class MappedRows:
         for field in self._schema:
             if self._table[field.name].null_count:
                 raise DatasetError(f"{name} {self._name} have nulls in {field.name!r}")
-        self._keys, self._groups, self.digest = self._index(None)
+        self._sorted = self._in_order()
+        self._rows, self._starts, self.digest = self._index(None)
 
     def __len__(self) -> int:
         """The number of groups."""
-        return len(self._groups)
+        return len(self._starts) - 1
 
     @property
     def pairs(self) -> int:
         """The number of rows."""
-        return sum(map(len, self._groups))
+        return len(self._rows)
 
     def of(self: Mapped, split: str) -> Mapped:
         """Only the rows of that split, which may be none; their columns are shared with this."""
         part = copy.copy(self)
-        part._keys, part._groups, part.digest = self._index(split)
+        part._rows, part._starts, part.digest = self._index(split)
         return part
 
     def key(self, index: int) -> str:
         """The triplet key of a group."""
-        return self._keys[index]
+        found: str = self.value("triplet_key", int(self._rows[self._starts[index]])).as_py()
+        return found
 
     def row(self, index: int, pick: float) -> int:
         """The place of one row of a group: number floor(pick x rows in it)."""
-        rows = self._groups[index]
-        return rows[min(int(pick * len(rows)), len(rows) - 1)]
+        start, end = self._starts[index], self._starts[index + 1]
+        return int(self._rows[start + min(int(pick * int(end - start)), int(end - start) - 1)])
 
     def value(self, name: str, row: int) -> Any:
         """Of a column, as Arrow's scalar."""
@@ -93,19 +101,41 @@ class MappedRows:
         """Whether there is such a column."""
         return name in self._schema.names
 
-    def _index(self, split: str | None) -> tuple[list[str], list[list[int]], str]:
-        columns = [self._table[name].to_pylist() for name in ("triplet_key", "pair_key", "split")]
-        twice = [key for key, count in Counter(columns[1]).items() if count > 1]
-        if twice:
-            raise DatasetError(f"{self._what} {self._name} hold pair {twice[0]} twice")
+    def _in_order(self) -> ROWS:
+        """The places of all rows, by triplet key and pair key."""
+        keys = self._table.select(["triplet_key", "pair_key"])
+        if pc.count_distinct(keys["pair_key"]).as_py() < len(keys):
+            counts = pc.value_counts(keys["pair_key"])
+            twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
+            raise DatasetError(f"{self._what} {self._name} hold pair {twice} twice")
+        by = [("triplet_key", "ascending"), ("pair_key", "ascending")]
+        kind = np.uint32 if len(keys) < 2**32 else np.uint64
+        order: ROWS = pc.sort_indices(keys, sort_keys=by).to_numpy().astype(kind)
+        return order
+
+    def _index(self, split: str | None) -> tuple[ROWS, npt.NDArray[np.int64], str]:
+        """Rows in order, where the rows of each group begin among them, and the digest."""
+        rows = self._sorted
+        if split is not None:
+            of_split = pc.equal(self._table["split"], split).to_numpy()
+            rows = rows[of_split[rows]]
         digest = hashlib.blake2b(digest_size=16)
-        groups: dict[str, list[int]] = {}
-        rows = zip(*columns, range(self._table.num_rows), strict=True)
-        for triplet_key, pair_key, own, row in sorted(rows):
-            if split is None or own == split:
-                digest.update(f"{triplet_key} {pair_key}\n".encode())
-                groups.setdefault(triplet_key, []).append(row)
-        return list(groups), list(groups.values()), digest.hexdigest()
+        columns = [_one(self._table[name]) for name in ("triplet_key", "pair_key")]
+        between = pa.scalar(" ", pa.large_string())
+        starts, last = [], None
+        for begin in range(0, len(rows), _ROWS_AT_ONCE):
+            triplets, pairs = (
+                column.take(pa.array(rows[begin : begin + _ROWS_AT_ONCE])) for column in columns
+            )
+            lines = pc.binary_join_element_wise(triplets, pairs, between).to_pylist()
+            digest.update(("\n".join(lines) + "\n").encode())
+            new = np.ones(len(triplets), np.bool_)
+            new[1:] = pc.not_equal(triplets[1:], triplets[:-1]).to_numpy(zero_copy_only=False)
+            new[0] = triplets[0].as_py() != last
+            starts.append(begin + np.flatnonzero(new))
+            last = triplets[-1].as_py()
+        starts.append(np.array([len(rows)]))
+        return rows, np.concatenate(starts).astype(np.int64), digest.hexdigest()
 
     def _shards(self, paths: Sequence[str | Path]) -> list[Path]:
         found: list[Path] = []
@@ -191,3 +221,8 @@ class MappedRows:
 
     def _broken(self, path: Path, error: Exception) -> DatasetError:
         return DatasetError(f"{self._what} shard {path} cannot be read: {error}")
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    """The column in one piece: of many, Arrow would join them anew at every look."""
+    return column.cast(pa.large_string()).combine_chunks()

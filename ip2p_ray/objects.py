@@ -281,6 +281,11 @@ class ObjectFolder:
         write(f"{self._uri}/{name}", data)
 
 
+def is_refusal(error: OSError) -> bool:
+    """Whether Arrow raised it because of what the store answered, or did not answer."""
+    return "AWS Error" in str(error)
+
+
 def opened(uri: str) -> pyarrow.NativeFile:
     """The object as a file that Arrow reads by parts.
 
@@ -434,17 +439,7 @@ def _told(uri: str) -> Iterator[None]:
     try:
         yield
     except botocore.exceptions.ClientError as error:
-        code = _code(error)
-        if code in _MISSING:
-            raise DatasetError(f"{uri} cannot be read: there is no such object") from error
-        if code == "NoSuchBucket":
-            bucket, _ = split(uri)
-            raise StorageError(f"{uri}: there is no bucket {bucket} at {_where()}") from error
-        reason = _REFUSALS.get(code)
-        if reason is None:
-            message = error.response.get("Error", {}).get("Message", "")
-            reason = f"{error.operation_name} failed: {code} {message}".strip()
-        raise StorageError(f"{uri}: {reason}") from error
+        raise _refused(uri, error) from error
     except botocore.exceptions.NoCredentialsError as error:
         raise ConfigError(
             f"{uri}: there are no credentials for object storage; set AWS_ACCESS_KEY_ID and "
@@ -460,7 +455,24 @@ def _told(uri: str) -> Iterator[None]:
         boto3.exceptions.Boto3Error,
         RuntimeError,  # botocore's for credentials that were refreshed and have expired still
     ) as error:
+        met = error.__context__  # what a transfer of a file met, of which it tells in its own way
+        if isinstance(met, botocore.exceptions.ClientError):
+            raise _refused(uri, met) from error
         raise StorageError(f"{uri}: {error}") from error
+
+
+def _refused(uri: str, error: botocore.exceptions.ClientError) -> DatasetError | StorageError:
+    code = _code(error)
+    if code in _MISSING:
+        return DatasetError(f"{uri} cannot be read: there is no such object")
+    if code == "NoSuchBucket":
+        bucket, _ = split(uri)
+        return StorageError(f"{uri}: there is no bucket {bucket} at {_where()}")
+    reason = _REFUSALS.get(code)
+    if reason is None:
+        message = error.response.get("Error", {}).get("Message", "")
+        reason = f"{error.operation_name} failed: {code} {message}".strip()
+    return StorageError(f"{uri}: {reason}")
 
 
 def _where() -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,10 +120,26 @@ def status_of(uri: str, now: float) -> Status | None:
     return Status(**known)
 
 
-def lines(status: Status, now: float | None = None) -> list[str]:
-    """The status for people, a dataset's few lines."""
+def lines(found: Sequence[Status], now: float | None = None) -> list[str]:
+    """The statuses for people, some lines for each dataset, which is named by its place."""
     now = time.time() if now is None else now
-    told = [f"{status.dataset or 'dataset'}: {_headline(status, now)}", f"  at        {status.uri}"]
+    return [
+        line
+        for status, name in zip(found, _names(found), strict=True)
+        for line in [f"{name}: {_headline(status, now)}", *_details(status, now)]
+    ]
+
+
+def _names(found: Sequence[Status]) -> list[str]:
+    """The ends of their URIs, from where these part."""
+    places = [status.uri.rstrip("/").split("/") for status in found]
+    folders = zip(*(place[:-1] for place in places), strict=False)
+    shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, folders))
+    return ["/".join(place[shared:]) for place in places]
+
+
+def _details(status: Status, now: float) -> list[str]:
+    told = []
     judged = (status.kept or 0) + sum(status.rejected.values())
     if status.kept is not None and judged:
         share = f" ({100 * status.kept / judged:.0f} %)"
@@ -131,8 +148,9 @@ def lines(status: Status, now: float | None = None) -> list[str]:
         told.append(f"  survival  kept {status.kept:,} of {judged:,}{share}{more}")
     if status.training is not None:
         told.append(f"  training  {_trained(status.training)}")
-    told.append(f"  time      {_times(status)}")
-    if status.busy:
+    if status.state != "whole":
+        told.append(f"  time      {_times(status)} so far")
+    if status.busy and status.state != "whole":
         busy = ", ".join(f"{name} {duration(seconds)}" for name, seconds in status.busy.items())
         told.append(f"  busy      {busy}")
     if status.state not in ("whole", "failed") and status.updated is not None:
@@ -246,9 +264,9 @@ def _left(note: Note | None, done: int | None, total: int | None) -> float | Non
 
 def _headline(status: Status, now: float) -> str:
     if status.state == "whole":
-        if status.training is not None:
-            return f"whole, {status.total or 0:,} steps"
-        return f"whole, {status.done:,} rows, {size(status.bytes)}" if status.bytes else "whole"
+        rows = f", {status.done:,} {status.unit}" if status.bytes or status.training else ""
+        weight = f", {size(status.bytes)}" if status.bytes else ""
+        return f"whole{rows}{weight}, made in {_times(status)}"
     ago = "" if status.updated is None else duration(now - status.updated)
     since = "" if status.updated is None else _clock(status.updated)
     told = {
@@ -268,7 +286,7 @@ def _headline(status: Status, now: float) -> str:
 
 
 def _times(status: Status) -> str:
-    told = duration(status.seconds) + ("" if status.state == "whole" else " so far")
+    told = duration(status.seconds)
     if status.attempts > 1:
         told += f" in {status.attempts} attempts"
     if status.device_seconds:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "_manifest.json"
 
-_AT_A_TIME = 16  # footers that are read from a bucket
+_FOOTERS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,21 +377,21 @@ def count_rows(shard: str | Path) -> int:
         DatasetError: it is no whole Parquet file, or has a column of an extension type.
     """
     try:
-        return int(parquet.opened(opened(shard), shard).metadata.num_rows)
+        with parquet.opened(opened(shard), shard) as file:
+            return int(file.metadata.num_rows)
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"shard {shard} is no whole Parquet file: {error}") from error
 
 
-def row_counts(shards: Iterable[str | Path]) -> list[int]:
-    """The rows of each shard, from their footers; some of a bucket are asked for at a time.
+def row_counts(shards: Sequence[str | Path]) -> list[int]:
+    """The rows of each shard; the footers of objects are read several at a time.
 
     Raises:
         DatasetError: one is no whole Parquet file.
     """
-    shards = list(shards)
-    if not any(map(objects.is_object, shards)):
+    if all(map(is_local, shards)):
         return [count_rows(shard) for shard in shards]
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
         return list(pool.map(count_rows, shards))
 
 

@@ -10,6 +10,7 @@
     python jobs/benchmark.py training --sd15 --device cuda --bf16 --batch-size 64
     python jobs/benchmark.py editor --json editor.json --plot editor.html
     python jobs/benchmark.py editor --sd15 --device cuda --dtype float16
+    python jobs/benchmark.py scale --rows 10000000 --json scale.json
     ray job submit --working-dir . --entrypoint-num-gpus 1 -- python jobs/benchmark.py pairs \
         --sd15 --device cuda --dtype bfloat16 --json /shared/pairs.json
 
@@ -17,7 +18,8 @@
 --delay seconds. `pairs` makes the same candidates in the reference's way and in ours. `options`
 tells what each option of the search saves and loses. `pipeline` is what Ray costs the pairs.
 `training` takes the same optimizer steps the plain way and in our loop. `editor` loads the service
-with requests, its engine beside a pipeline that takes them one by one or in batches.
+with requests, its engine beside a pipeline that takes them one by one or in batches. `scale` tells
+what grows with the rows, shards and objects; cluster/SCALE.md is made of it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.benchmark import options_job, pairs_job, pipeline, training_job, triplets
+from ip2p_ray.benchmark import options_job, pairs_job, pipeline, scale, training_job, triplets
 from ip2p_ray.command import loading
 from serve import benchmark as editor_job
 
@@ -41,6 +43,7 @@ BENCHMARKS: dict[str, Any] = {
     "pipeline": pipeline,
     "training": training_job,
     "editor": editor_job,
+    "scale": scale,
 }
 """By subcommand: a module whose `Options` are its flags and whose `run` returns the table."""
 

@@ -23,6 +23,8 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
+from ip2p_ray.command import require_uri
+
 
 @dataclass(frozen=True, kw_only=True)
 class CollectCaptions:
@@ -58,8 +60,7 @@ class CollectCaptions:
                 raise ValueError(f"--files {name}: only local files and s3:// can be read")
             if not Path(name.removeprefix("file://")).exists():
                 raise ValueError(f"--files {name}: there is no such file or folder")
-        if "://" in self.out and not self.out.startswith(("file://", "s3://")):
-            raise ValueError(f"--out {self.out}: a folder here or s3://bucket/folder")
+        require_uri("--out", self.out, written=True)
         if self.sample is not None and self.sample < 1:
             raise ValueError("--sample is at least 1")
         if not 0 <= self.seed < 2**63:

@@ -50,8 +50,8 @@ class Edit:
     patience_s: float = 600.0
     """Seconds in all for which a picture is sent again while the service is full or away."""
     out: Path | None = None
-    """Where the edited picture goes; by default beside the picture, as <name>-edited.png, or in the
-    folder. Of a folder the folder, by default <folder>-edited."""
+    """Where the edited picture goes; by default beside the picture (of a bucket: here), as
+    <name>-edited.png. Of a folder the folder, by default <folder>-edited."""
     mask: Path | None = None
     """A PNG of the picture's size, transparent where to edit; the rest stays untouched."""
     seed: int = 0

@@ -53,22 +53,16 @@ def main(job: Status) -> int:
             except Ip2pError as error:
                 sys.stderr.write(f"status: {error}\n")
                 return 1
-            _show(job, [each.as_dict() for each in found], [status.lines(each) for each in found])
+            if job.watch is not None and not job.json and sys.stdout.isatty():
+                print("\x1b[H\x1b[2J", end="")
+            objects = {"datasets": [each.as_dict() for each in found]}
+            print(json.dumps(objects) if job.json else "\n".join(status.lines(found)), flush=True)
             made = found[0].uri == job.dataset and found[0].state == "whole"
             if job.watch is None or made:
                 return 0
             time.sleep(job.watch)
     except KeyboardInterrupt:
         return 130
-
-
-def _show(job: Status, objects: list[dict[str, object]], blocks: list[list[str]]) -> None:
-    if job.json:
-        print(json.dumps({"datasets": objects}), flush=True)
-        return
-    if job.watch is not None and sys.stdout.isatty():
-        print("\x1b[H\x1b[2J", end="")
-    print("\n\n".join("\n".join(block) for block in blocks), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
 
-from ip2p_ray.command import custom_resources, is_web_address, require_place
+from ip2p_ray.command import custom_resources, is_web_address, require_place, require_uri
 
 NOT_LOCAL = (
     "journal",
@@ -161,6 +161,7 @@ class WriteTriplets:
         if not (0 <= self.held_out < 1 and 0 <= self.max_no_reply <= 1):
             raise ValueError("--held-out lies in [0, 1), --max-no-reply in [0, 1]")
         custom_resources("--actor-resources", self.actor_resources)
+        require_uri("--out", self.out, written=True)
 
 
 def main(job: WriteTriplets) -> int:

@@ -18,9 +18,9 @@ class Payload:
         return os.mkdir, (self.marker,)
 
 
-def pickled(marker):
-    """The bytes of a pickle that makes the marker."""
-    return pickle.dumps(Payload(marker), protocol=2)
+def pickled(marker, protocol=4):
+    """The bytes of a pickle that makes the marker; torch wants protocol 2."""
+    return pickle.dumps(Payload(marker), protocol=protocol)
 
 
 class _Unpickling(pa.ExtensionScalar):

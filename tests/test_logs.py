@@ -27,6 +27,9 @@ def part():
         time.sleep(0.2)
     return [Report(stage="candidates", rows_in=5, rows_out=5, rejected={}, seconds=1.0)]
 
+def fail():
+    raise StageError("nothing is left")
+
 def work():
     folder = sys.argv[1]
     print("to begin with\\nsome lines")
@@ -34,7 +37,7 @@ def work():
     of_part = run.Origin(dataset="candidates, part 2 of 7", config={})
     run.make(folder, whole, lambda: run.make(folder + "/part-1", of_part, part) and [])
     print("done", end="")
-    raise StageError("nothing is left")
+    run.make(folder + "/pairs", run.Origin(dataset="pairs", config={}), fail)
 
 sys.exit(run.guarded("generate_pairs", work))
 """
@@ -108,6 +111,7 @@ def test_every_line_of_a_run_is_an_object_that_names_the_dataset(tmp_path):
     assert [*told][:2] == ["to begin with", "some lines"]
     assert told["done"]["level"] == "info"
     assert told["nothing is left"]["level"] == "error"
+    assert told["nothing is left"]["dataset"] == "pairs"
     of_part = [line for line in found if line.get("part") == "2 of 7"]
     assert {line["dataset"] for line in of_part} == {"candidates"}
     messages = [line["message"] for line in of_part]

@@ -71,7 +71,7 @@ def spoilt(weights, place):
 
 def test_the_plant_works(tmp_path):
     """What the other tests refuse does run something, where it is loaded carelessly."""
-    (tmp_path / "a.bin").write_bytes(pickled(tmp_path / "made"))
+    (tmp_path / "a.bin").write_bytes(pickled(tmp_path / "made", 2))
     with pytest.raises(Exception, match="magic number"):
         torch.load(tmp_path / "a.bin", weights_only=False)
     assert (tmp_path / "made").is_dir()
@@ -86,7 +86,7 @@ def test_whole_folders_are_loaded(weights, place):
 def test_a_pickle_in_the_place_of_safetensors_is_refused(weights, marker, place):
     folder, safe, name = spoilt(weights, place)
     safe.unlink()
-    (folder / name).write_bytes(pickled(marker))
+    (folder / name).write_bytes(pickled(marker, 2))
     # the miniature's own folder is known file by file
     told = "lacks editor/unet/" if place == "editor/unet" else f"{name}, {RUNS}"
     with pytest.raises(ModelError, match=told) as raised:
@@ -98,7 +98,7 @@ def test_a_pickle_in_the_place_of_safetensors_is_refused(weights, marker, place)
 @pytest.mark.parametrize("place", LOADERS)
 def test_a_pickle_under_the_name_of_safetensors_is_refused(weights, marker, place):
     _, safe, _ = spoilt(weights, place)
-    safe.write_bytes(pickled(marker))
+    safe.write_bytes(pickled(marker, 2))
     with pytest.raises(ModelError):
         LOADERS[place](weights)
 
@@ -106,7 +106,7 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(weights, marker, plac
 @pytest.mark.parametrize("place", LOADERS)
 def test_a_pickle_beside_safetensors_is_not_read(weights, marker, place):
     folder, _, name = spoilt(weights, place)
-    (folder / name).write_bytes(pickled(marker))
+    (folder / name).write_bytes(pickled(marker, 2))
     assert LOADERS[place](weights)
 
 
@@ -119,7 +119,7 @@ def test_an_index_names_safetensors_of_its_folder_only(weights, marker, place, s
     index = folder / f"{safe.name}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"x": shard}}))
     for path in (folder / "pytorch_model.bin", folder.parent / "evil.safetensors"):
-        path.write_bytes(pickled(marker))
+        path.write_bytes(pickled(marker, 2))
     safe.unlink()
     with pytest.raises(ModelError, match=r"index\.json names"):
         LOADERS[place](weights)
@@ -131,7 +131,7 @@ def test_a_clip_folder_is_read_from_safetensors_whatever_else_open_clip_would_pr
     """Of these two it takes the pickle."""
     judge = weights / "judge"
     (judge / "open_clip_model.safetensors").rename(judge / "model.safetensors")
-    (judge / "open_clip_pytorch_model.bin").write_bytes(pickled(marker))
+    (judge / "open_clip_pytorch_model.bin").write_bytes(pickled(marker, 2))
     with pytest.raises(ModelError, match=f"open_clip_pytorch_model.bin, {RUNS}"):
         Clip.load(judge)
 
@@ -141,7 +141,7 @@ def test_a_clip_folder_is_read_from_safetensors_whatever_else_open_clip_would_pr
 def test_settings_cannot_name_a_pickle_or_code(weights, marker, place, name):
     """transformers reads both from a model's config.json."""
     folder, _, pickle = spoilt(weights, place)
-    (folder / pickle).write_bytes(pickled(marker))
+    (folder / pickle).write_bytes(pickled(marker, 2))
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
     told = json.loads((folder / "config.json").read_text())
     told[name] = pickle if name == "transformers_weights" else dict.fromkeys(AUTO, "evil.Evil")
@@ -176,7 +176,7 @@ def test_code_of_a_clip_folder_is_refused_not_asked_about(weights):
 @pytest.mark.parametrize("place", ["writer", "dino", "generator/text_encoder"])
 def test_an_adapter_is_refused_since_it_names_another_model(weights, marker, place):
     folder = weights / place
-    (folder / "adapter_model.bin").write_bytes(pickled(marker))
+    (folder / "adapter_model.bin").write_bytes(pickled(marker, 2))
     told = {"base_model_name_or_path": "someone/else", "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(told))
     with pytest.raises(ModelError, match="is an adapter"):
@@ -213,7 +213,7 @@ def state():
 def test_a_checkpoint_with_a_pickle_is_not_whole(tmp_path, marker, part, suffix):
     folder = save_checkpoint(tmp_path, state())
     safe = folder / f"{part}.safetensors"
-    safe.with_suffix(suffix).write_bytes(pickled(marker))
+    safe.with_suffix(suffix).write_bytes(pickled(marker, 2))
     load_checkpoint(folder, state())
     sums = json.loads((folder / "checksums.json").read_text())
     sums[f"{part}{suffix}"] = sums.pop(safe.name)
@@ -224,13 +224,13 @@ def test_a_checkpoint_with_a_pickle_is_not_whole(tmp_path, marker, part, suffix)
 
 
 def test_the_miniatures_own_state_is_read_as_tensors_only(tmp_path, marker):
-    (tmp_path / "a.pt").write_bytes(pickled(marker))
+    (tmp_path / "a.pt").write_bytes(pickled(marker, 2))
     with pytest.raises(ModelError, match=r"a\.pt cannot be read") as raised:
         read_state(tmp_path / "a.pt")
     assert "\n" not in str(raised.value)
     torch.save({"step": 3, "module": {"a": torch.ones(2)}}, tmp_path / "a.pt")
     assert read_state(tmp_path / "a.pt")["step"] == 3
-    (tmp_path / "b.pt").write_bytes(pickled(marker))
+    (tmp_path / "b.pt").write_bytes(pickled(marker, 2))
     with pytest.raises(ModelError, match=r"b\.pt cannot be read"):
         fit("b", nn.Linear(2, 2), lambda step: (torch.zeros(()), {}), FitConfig(steps=1), tmp_path)
 

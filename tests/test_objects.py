@@ -2,8 +2,10 @@
 
 import gzip
 import os
+import pickle
 import subprocess
 import sys
+import tracemalloc
 
 import boto3
 import pyarrow as pa
@@ -13,7 +15,8 @@ import pytest
 from ip2p_ray import objects, storage
 from ip2p_ray.errors import ConfigError, DatasetError, StorageError
 from ip2p_ray.schema import CAPTIONS
-from ip2p_ray.testing import FaultyWay, WayFaults
+from ip2p_ray.stages import run
+from ip2p_ray.testing import FaultyWay, WayFaults, bucket_process
 
 ROWS = [{"caption_key": f"k{n}", "caption": f"caption {n}", "url": None} for n in range(5)]
 TABLE = pa.Table.from_pylist(ROWS, schema=CAPTIONS)
@@ -66,6 +69,81 @@ def test_a_listing_and_a_deletion_come_in_pages(bucket):
     ]
     objects.remove_below(f"{bucket}/many")
     assert list(objects.listing(f"{bucket}/many")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_100_000_objects_are_listed_a_page_at_a_time(bucket, monkeypatch):
+    with (
+        bucket_process(bucket="many", keys=100_000) as endpoint,
+        FaultyWay(endpoint) as way,
+    ):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        found, peaks = objects.listing("s3://many/folder"), []
+        tracemalloc.start()
+        try:
+            for number in range(100_000):
+                assert next(found).name == f"{number:06d}"
+                if number == 5_000:
+                    assert way.counts["GET"] == 6
+                    peaks.append(tracemalloc.get_traced_memory()[1])
+                    tracemalloc.reset_peak()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert next(found, None) is None
+        assert way.counts["GET"] == 100
+    assert peaks[1] < 1.5 * peaks[0] < 30e6, "memory grows with what was listed"
+
+
+def test_what_a_killed_process_was_uploading_goes(bucket):
+    client, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    for key in ("run/pairs/a", "run/pairs/b", "run/pairs-2/a"):
+        begun = client.create_multipart_upload(Bucket=name, Key=key)
+        client.upload_part(
+            Bucket=name, Key=key, PartNumber=1, UploadId=begun["UploadId"], Body=b"a"
+        )
+    assert objects.abort_uploads(f"{bucket}/run/pairs/") == 2
+    left = client.list_multipart_uploads(Bucket=name)["Uploads"]
+    assert [begun["Key"] for begun in left] == ["run/pairs-2/a"]
+    assert objects.abort_uploads(f"{bucket}/run/pairs") == 0
+
+
+def test_a_dataset_that_is_made_clears_such_uploads_where_it_may(
+    bucket, bucket_endpoint, monkeypatch
+):
+    client, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    client.create_multipart_upload(Bucket=name, Key="run/pairs/a")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=(403, "AccessDenied"))) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        storage.abort_uploads(f"{bucket}/run/pairs")
+        assert way.counts["GET"] == 1
+    monkeypatch.setenv("AWS_ENDPOINT_URL", bucket_endpoint)
+    run.make(f"{bucket}/run/pairs", run.Origin(dataset="pairs", config={}), list)
+    assert not client.list_multipart_uploads(Bucket=name).get("Uploads")
+
+
+def test_arrow_tries_as_often_in_another_process(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "4")
+    with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=(503, "SlowDown"))) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        system, path = objects.filesystem(f"{bucket}/a")
+        for expected in (4, 8):
+            with pytest.raises(OSError, match="HTTP status 503") as raised:
+                system.open_input_file(path)
+            assert str(run.own_error(raised.value)).endswith("the same command goes on")
+            assert way.counts["HEAD"] == expected
+            system = pickle.loads(pickle.dumps(system))
+
+
+def test_what_arrow_writes_is_one_request_while_it_is_small(bucket, bucket_endpoint, monkeypatch):
+    with FaultyWay(bucket_endpoint) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        system, path = objects.filesystem(f"{bucket}/a.parquet")
+        pq.write_table(TABLE, path, filesystem=system)
+        assert (way.counts["PUT"], way.counts["POST"]) == (1, 0)
+        assert storage.count_rows(f"{bucket}/a.parquet") == 5
 
 
 def test_faults_on_the_way_are_met_by_another_attempt(faulty, bucket):

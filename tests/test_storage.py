@@ -177,3 +177,25 @@ def test_a_manifest_with_values_json_cannot_hold_is_not_written(tmp_path):
 
 def test_shards_are_plain_parquet(uri):
     assert pq.read_table(storage.list_shards(uri)[0]).num_rows == 3
+
+
+def test_a_manifest_in_a_bucket_counts_each_shard_as_in_a_folder(bucket, tmp_path):
+    places = (f"{bucket}/captions", str(tmp_path / "captions"))
+    for uri in places:
+        for number in range(40):
+            storage.write_shard(uri, f"captions-{number:05d}", TABLE.slice(number % 5))
+    in_bucket, in_folder = (
+        storage.write_manifest(uri, storage.Manifest(dataset="captions")) for uri in places
+    )
+    assert in_bucket.shards == in_folder.shards
+    assert [shard.rows for shard in in_bucket.shards] == [5 - number % 5 for number in range(40)]
+
+
+def test_a_manifest_in_a_bucket_names_the_shard_that_is_none(bucket):
+    uri = f"{bucket}/captions"
+    for number in range(20):
+        storage.write_shard(uri, f"captions-{number:05d}", TABLE)
+    storage.write_bytes(f"{uri}/captions-00007.parquet", b"cut")
+    with pytest.raises(DatasetError, match=r"captions-00007\.parquet is no whole Parquet file"):
+        storage.write_manifest(uri, storage.Manifest(dataset="captions"))
+    assert not storage.exists(f"{uri}/{storage.MANIFEST}")

@@ -15,6 +15,8 @@ SHARD_ROWS = 20_000
 SHARD_BYTES = 128 << 20
 PART_TRIPLETS = 16_384
 BLOCK_BYTES = 16 << 20
+REPLY_BLOCK = 500
+WRITER_BATCH = 16
 LATENT_BLOCKS = 2_000
 LATENT_BATCH = 32
 """What the stages cut datasets by; a test holds them to what the stages have."""
@@ -156,7 +158,7 @@ def estimate(basis: Basis, prices: Prices | None = None) -> Estimate:
     work, cluster = basis.workload, basis.cluster
     counts = count(work)
     stages = _stages(work, counts, basis.speeds, cluster)
-    stored = _stored(counts, basis.sizes, cluster)
+    stored = _stored(work, counts, basis.sizes, cluster)
     by_name = {each.name: each for each in stored}
     read, written = _moved(by_name, cluster)
     asked = work.prompt_tokens is not None
@@ -287,7 +289,7 @@ def _stages(work: Workload, counts: Counts, speeds: Speeds, cluster: Cluster) ->
     )
 
 
-def _stored(counts: Counts, sizes: Sizes, cluster: Cluster) -> tuple[Stored, ...]:
+def _stored(work: Workload, counts: Counts, sizes: Sizes, cluster: Cluster) -> tuple[Stored, ...]:
     parts = max(1, math.ceil(counts.triplets / PART_TRIPLETS))
     rejected = counts.candidates - counts.pairs
     shown = rejected * min(1.0, SHOWN_TRIPLETS / max(1.0, counts.triplets))
@@ -307,9 +309,16 @@ def _stored(counts: Counts, sizes: Sizes, cluster: Cluster) -> tuple[Stored, ...
         return Stored(name=name, rows=rows, bytes=size + objects * FOOTER_BYTES, objects=objects)
 
     rejects = counts.captions - counts.triplets
+    at_once = WRITER_BATCH if work.prompt_tokens is None else REPLY_BLOCK
+    asked = float(math.ceil(counts.captions / at_once))  # a shard each, which nothing puts together
     return (
         dataset("captions", counts.captions, counts.captions * sizes.caption),
-        dataset("replies", counts.captions, counts.captions * sizes.reply),
+        Stored(
+            name="replies",
+            rows=counts.captions,
+            bytes=counts.captions * sizes.reply + asked * FOOTER_BYTES,
+            objects=asked,
+        ),
         dataset("triplets", counts.triplets, counts.triplets * sizes.triplet),
         dataset("rejects/triplets", rejects, rejects * sizes.reply),
         Stored(

@@ -11,6 +11,11 @@ STAGES = ("captions", "triplets", "pairs", "latents", "training", "evaluation")
 """In the order of the flow."""
 
 
+def _require(holds: bool, rule: str, value: object) -> None:
+    if not holds:
+        raise ConfigError(f"{rule}, got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """How much is to be made, and how much of it survives."""
@@ -68,6 +73,13 @@ class Speed:
 
     def __post_init__(self) -> None:
         _require(self.seconds >= 0, "seconds is not negative", self.seconds)
+
+
+EXPLODED = Speed(
+    seconds=15e-6,
+    source="measured: 4.6 us of CPU each for scores, rejects and pairs, on one core of two",
+)
+"""Of a candidate that is read off its triplet (`jobs/benchmark.py scale`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +220,3 @@ class Basis:
             raise ConfigError(
                 "nobody writes the triplets: a speed of captions or prompt_tokens is needed"
             )
-
-
-def _require(holds: bool, rule: str, value: object) -> None:
-    if not holds:
-        raise ConfigError(f"{rule}, got {value}")

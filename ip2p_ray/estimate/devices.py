@@ -9,7 +9,7 @@ none). What share of a peak is reached is an assumption, and the estimate is no 
 from __future__ import annotations
 
 from ip2p_ray.errors import ConfigError
-from ip2p_ray.estimate.config import Sizes, Speed, Speeds
+from ip2p_ray.estimate.config import EXPLODED, Sizes, Speed, Speeds
 
 PEAK_FLOPS = {
     "h200": 989e12,
@@ -74,7 +74,7 @@ def reckon(device: str, utilisation: float = UTILISATION, *, fixed_s: float = 12
         latent=speed(4 * ENCODE_256),  # both pictures, and both mirrored
         sample=speed(TRAINED * UNET_256 + TEXT),
         answer_step=speed(3 * UNET_512),
-        score=Speed(seconds=0.0, source="assumed to be hidden"),
+        score=EXPLODED,
         fixed=dict.fromkeys(stages, fixed_s),
         start=0.0,
     )

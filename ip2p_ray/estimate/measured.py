@@ -1,9 +1,10 @@
 """Speeds, sizes and survival of a run that was made, from its manifests and the times of its files.
 
 A run does not note how many processes worked at the same time: the Cluster it was made on is given.
-Where a stage notes no device seconds, its speed is that between its first and its last shards, by
-the times at which those were written; what is left of its wall time is fixed. In a bucket, or where
-there are too few shards, nothing is fixed, and all of the wall time counts as work.
+How long they were busy stands in the manifest of the candidates and in what attempts noted
+(`notes`). A run of before there were notes tells it by the times at which its shards were written,
+from the first to the last. In a bucket, or where there are too few shards, all of the wall time
+counts as work; else what is left of it is fixed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ip2p_ray import storage
+from ip2p_ray import notes, storage
 from ip2p_ray.errors import ConfigError, DatasetError
-from ip2p_ray.estimate.config import Cluster, Sizes, Speed, Speeds, Workload
+from ip2p_ray.estimate.config import EXPLODED, Cluster, Sizes, Speed, Speeds, Workload
 
 DATASETS = {
     "captions": ("captions",),
@@ -160,7 +161,7 @@ def _triplets(run: Run, made_on: Cluster) -> Run:
     if "replies" not in run.manifests or "triplets" not in run.manifests:
         return run
     replies, triplets = run.manifests["replies"], run.manifests["triplets"]
-    seconds, source = _steady(run, "replies", made_on.writers)
+    seconds, source = _steady(run, "replies", "WriteReplies", made_on.writers)
     asked = "model" in replies.config  # of an endpoint; its speed is its limits'
     speed = None if asked else Speed(seconds=seconds * made_on.writers, source=source)
     return _with(
@@ -190,9 +191,10 @@ def _pairs(run: Run, made_on: Cluster) -> Run:
             "candidate_step": Speed(seconds=each / config["steps"], source=source),
             "candidate": _NOTHING,
             "judgement": _NOTHING,
-            "score": _NOTHING,
+            "score": EXPLODED,
         },
-        busy=made.device_seconds / made_on.generators,
+        busy=made.device_seconds / made_on.generators
+        + scores.rows * EXPLODED.seconds / made_on.tasks,
         work={
             "candidates": config["candidates"],
             "steps": config["steps"],
@@ -211,7 +213,7 @@ def _latents(run: Run, made_on: Cluster) -> Run:
     if "latents" not in run.manifests or "pairs" not in run.manifests:
         return run
     rows, pairs = run.manifests["latents"].rows, run.manifests["pairs"].rows
-    seconds, source = _steady(run, "latents", made_on.encoders)
+    seconds, source = _steady(run, "latents", "EncodePairs", made_on.encoders)
     return _with(
         run,
         stage="latents",
@@ -256,7 +258,7 @@ def _evaluation(run: Run, made_on: Cluster) -> Run:
         return run
     answers = run.manifests["answers"]
     steps = answers.config["editing"]["steps"]
-    seconds, source = _steady(run, "answers", made_on.editors)
+    seconds, source = _steady(run, "answers", "AnswerQuestions", made_on.editors)
     each = Speed(seconds=seconds * made_on.editors / steps, source=source)
     return _with(
         run,
@@ -268,10 +270,14 @@ def _evaluation(run: Run, made_on: Cluster) -> Run:
     )
 
 
-def _steady(run: Run, name: str, actors: int) -> tuple[float, str]:
+def _steady(run: Run, name: str, actor: str, actors: int) -> tuple[float, str]:
     """Wall seconds a row of a dataset while `actors` write its blocks, and how that is known."""
     manifest, place = run.manifests[name], run.places[name]
     rows = manifest.rows
+    noted = notes.read_noted(place)
+    busy = noted.note.busy.get(actor, 0.0) if noted and noted.note else 0.0
+    if busy > 0:
+        return busy / actors / max(1, rows), f"measured over {rows:,} rows"
     if storage.is_local(place):
         folder = storage.local_path(place)
         found = sorted(

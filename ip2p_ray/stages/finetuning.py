@@ -151,9 +151,10 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
     loader: Any = AutoModelForCausalLM
     writer = local_folder(told.writer)
     require_safetensors(writer, "writer folder")
-    here = {"local_files_only": True, **NO_CODE}
-    tokenizer = AutoTokenizer.from_pretrained(writer, **here)
-    model = loader.from_pretrained(writer, dtype=torch.float32, **here, **SAFETENSORS)
+    tokenizer = AutoTokenizer.from_pretrained(writer, local_files_only=True, **NO_CODE)
+    model = loader.from_pretrained(
+        writer, dtype=torch.float32, local_files_only=True, **SAFETENSORS, **NO_CODE
+    )
     model.to(device)
     scores: dict[str, Any] = {}
     if rank == 0:

@@ -194,7 +194,8 @@ def _make_part(
         shards = storage.list_shards(blocks)
         compact(shards, part, name="candidates", key="triplet_key", schema=CANDIDATES)
         counts = JUDGED.of(storage.list_shards(part))
-        return [Report.count("candidates", counts.elements(), time.monotonic() - began)]
+        seconds = run.earlier_seconds(part) + time.monotonic() - began
+        return [Report.count("candidates", counts.elements(), seconds)]
 
     of_part = replace(origin, sources={**origin.sources, "part": str(number)})
     whole = run.make(part, of_part, generate, device_seconds=lambda: _device_seconds(part))

@@ -121,6 +121,9 @@ def _pictures(folder: str, wanted: pa.Table) -> dict[str, tuple[bytes, bytes]]:
     triplets = sorted(set(wanted["triplet_key"].to_pylist()))
     found: dict[str, tuple[bytes, bytes]] = {}
     for shard in plan.shards(storage.join(folder, "candidates")):
+        there = storage.read_table(shard, columns=["triplet_key"])["triplet_key"]
+        if not pc.any(pc.is_in(there, pa.array(triplets, there.type))).as_py():
+            continue  # of a shard without any the pictures are not read
         table = exploded(shard, only=triplets)
         for row in table.to_pylist():
             if row["pair_key"] in keys and row["source_image"] is not None:

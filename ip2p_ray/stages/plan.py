@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ FILTER_CPUS = 1.0
 """Of the actor in which Ray Data leaves out what an earlier run wrote; it cannot be told less."""
 
 _LAST_WORDS_S = 10.0
+_READERS = 16  # of shards in a bucket, at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +64,19 @@ class Judged:
     """What these say."""
 
     def of(self, shards: Iterable[str]) -> Counter[str | None]:
-        """The verdicts of all rows of the shards."""
+        """The verdicts of all rows of the shards; a shard that a kill cut has none."""
         found = Counter[str | None]()
-        for shard in shards:
-            with storage.open_parquet(shard) as file:
-                found.update(self.verdicts(file.read(columns=list(self.columns))))
+        with ThreadPoolExecutor(_READERS) as pool:
+            for verdicts in pool.map(self._within, shards):
+                found.update(verdicts)
         return found
+
+    def _within(self, shard: str) -> Counter[str | None]:
+        try:
+            with storage.open_parquet(shard) as file:
+                return self.verdicts(file.read(columns=list(self.columns)))
+        except (OSError, pa.ArrowException):
+            return Counter()
 
 
 def shards(uri: str, prefix: str = "") -> list[str]:
@@ -327,7 +336,7 @@ def _noted(resume: str) -> int:
 
 def count_rows(shards: Iterable[str | Path]) -> int:
     """The rows of Parquet files, from their footers."""
-    return sum(storage.row_counts(shards))
+    return sum(storage.row_counts(list(shards)))
 
 
 def _remove_duplicates(uri: str, key: str, rows: int) -> None:

@@ -20,7 +20,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ip2p_ray
-from ip2p_ray import lease, logs, notes, storage
+from ip2p_ray import lease, logs, notes, objects, storage
 from ip2p_ray.atomic import remove_leftovers
 from ip2p_ray.command import CustomResources, require_resources
 from ip2p_ray.errors import (
@@ -392,7 +392,7 @@ def guarded(name: str, work: Callable[[], object]) -> int:
             raise
         sys.stderr.write(f"{name}: {sentence(told)}\n")
         if logs.wants_json():
-            with logs.about(job=name):
+            with logs.about(**logs.about_error(error)):
                 logger.error("%s", sentence(told))
         return BUDGET_REACHED if isinstance(told, BudgetError) else 1
     return 0
@@ -410,7 +410,7 @@ def sentence(error: Exception) -> str:
 def own_error(error: BaseException | None) -> Ip2pError | None:
     """The error of this package that caused one of Ray's, in the process where it was raised.
 
-    What the disk refuses is one too, a StorageError.
+    What the disk or, in the midst of a run, a bucket refuses is one too, a StorageError.
     """
     if error is None:
         return None
@@ -421,6 +421,9 @@ def own_error(error: BaseException | None) -> Ip2pError | None:
             told = error.strerror or str(error)
             where = f"{error.filename}: " if error.filename else ""
             return StorageError(f"{where}{told}; once that is mended the same command goes on")
+        if isinstance(error, OSError) and objects.is_refusal(error):
+            told = str(error).splitlines()[0]
+            return StorageError(f"{told}; once that is mended the same command goes on")
     failures = getattr(error, "worker_failures", None)
     # Workers that only miss the one that failed are named beside it.
     causes = list(failures.values()) if isinstance(failures, Mapping) else []

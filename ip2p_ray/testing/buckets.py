@@ -21,7 +21,15 @@ from ip2p_ray.schema import stream_seed
 
 _SERVE = """
 import sys
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
+bucket, keys = sys.argv[1], int(sys.argv[2])
+if bucket:
+    store = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+    store.create_bucket(bucket, "us-east-1")
+    for number in range(keys):
+        store.put_object(bucket, "folder/%06d" % number, b"")
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
 print("http://%s:%d" % server.get_host_and_port(), flush=True)
@@ -32,9 +40,12 @@ _ERROR = "<Error><Code>{}</Code><Message>as it was told</Message></Error>"
 
 
 @contextlib.contextmanager
-def bucket_process() -> Iterator[str]:
-    """The endpoint of a server without buckets; it ends with the block, or with this process."""
-    command = [sys.executable, "-c", _SERVE]
+def bucket_process(*, bucket: str = "", keys: int = 0) -> Iterator[str]:
+    """The endpoint of a server; it ends with the block, or with this process.
+
+    It has no bucket, or that of the name with so many empty objects folder/000000 and so on.
+    """
+    command = [sys.executable, "-c", _SERVE, bucket, str(keys)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:

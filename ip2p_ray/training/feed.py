@@ -117,7 +117,7 @@ class Feed:
         if groups < 1:
             raise ConfigError("the dataset holds no pairs to train on")
         self.groups, self.batch_size, self.seed = groups, batch_size, seed
-        self._orders: dict[int, list[int]] = {}
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
     def batch(self, step: int) -> list[Visit]:
         """The global batch of an optimizer step (from 0), over all ranks and micro-batches."""
@@ -150,13 +150,13 @@ class Feed:
 
     def _visit(self, position: int) -> Visit:
         epoch, place = divmod(position, self.groups)
-        return Visit(epoch, self._order(epoch)[place])
+        return Visit(epoch, int(self._order(epoch)[place]))
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch not in self._orders:
             self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
             stream = random_stream(self.seed, "order", epoch)
-            self._orders[epoch] = stream.permutation(self.groups).tolist()
+            self._orders[epoch] = stream.permutation(self.groups)
         return self._orders[epoch]
 
 

@@ -1,37 +1,21 @@
 """What the jobs and the service of cluster/ run: scripts, flags and settings that exist."""
 
 import importlib
-import importlib.util
 import shlex
-import sys
 
 import pytest
-import tyro
 import yaml
 
+from tests.cluster.jobs import parsed
 from tests.cluster.manifests import CLUSTER, ROOT, containers, documents, ray_cluster, rendered
 
 JOBS = {
-    "generate": ("generate_pairs", "GeneratePairs"),
-    "encode": ("encode_latents", "EncodeLatents"),
-    "train": ("train_editor", "TrainEditor"),
-    "evaluate": ("evaluate_editor", "EvaluateEditor"),
+    "generate": "jobs/generate_pairs.py",
+    "encode": "jobs/encode_latents.py",
+    "train": "jobs/train_editor.py",
+    "evaluate": "jobs/evaluate_editor.py",
 }
-"""Script and dataclass of each rayjob-*.yaml."""
-
-
-def job_class(script, name):
-    """The dataclass of flags of a job, whose script is not run."""
-    spec = importlib.util.spec_from_file_location(f"job_{script}", ROOT / "jobs" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where tyro looks annotations up
-    spec.loader.exec_module(module)
-    return getattr(module, name)
-
-
-def parsed(script, name, flags):
-    """The flags as the job would hold them, after its own checks of them."""
-    return tyro.cli(job_class(script, name), args=flags, config=(tyro.conf.FlagCreatePairsOff,))
+"""Script of each rayjob-*.yaml."""
 
 
 def entrypoint(which):
@@ -51,17 +35,17 @@ def test_there_is_a_job_for_each_step():
 def test_a_job_s_script_and_flags_exist(which):
     script, flags, doc = entrypoint(which)
     # the image has jobs/ in /app, see test_image.py
-    assert script == f"/app/jobs/{JOBS[which][0]}.py"
-    job = parsed(*JOBS[which], flags)
+    assert script == f"/app/{JOBS[which]}"
+    job = parsed(JOBS[which], flags)
     assert job.gpus == 1
     assert str(job.out).startswith("s3://example-bucket/")
     assert doc["metadata"]["labels"]["app.kubernetes.io/component"] == which
     with pytest.raises(SystemExit):  # and a flag that is none is told apart
-        parsed(*JOBS[which], [*flags, "--nodes", "3"])
+        parsed(JOBS[which], [*flags, "--nodes", "3"])
 
 
 def test_each_job_reads_what_the_one_before_it_writes():
-    jobs = {which: parsed(*JOBS[which], entrypoint(which)[1]) for which in JOBS}
+    jobs = {which: parsed(JOBS[which], entrypoint(which)[1]) for which in JOBS}
     assert jobs["encode"].pairs == f"{jobs['generate'].out}/pairs"
     assert jobs["train"].latents == f"{jobs['encode'].out}/latents"
     assert jobs["evaluate"].editor == f"{jobs['train'].out}/editor"
@@ -83,7 +67,7 @@ POOLS = {
 @pytest.mark.parametrize("which", JOBS)
 def test_the_pools_have_what_the_actors_ask_for(which):
     flags = entrypoint(which)[1]
-    job = parsed(*JOBS[which], flags)
+    job = parsed(JOBS[which], flags)
     (doc,) = [doc for doc in rendered("jobs") if doc["metadata"]["name"] == f"ip2p-{which}"]
     groups = {group["groupName"]: group for group in ray_cluster(doc)["workerGroupSpecs"]}
     asked = [flag for flag in flags if flag.endswith("-resources")]
@@ -116,7 +100,7 @@ def test_ray_takes_the_service_s_configuration():
     # fields that it does not know it passes over
     assert set(config) <= set(ServeDeploySchema.model_fields)
     assert set(config["applications"][0]) <= set(ServeApplicationSchema.model_fields)
-    config["applications"][0]["import_path"] = "serve/app.py"
+    config["applications"][0]["import_path"] = "serve"
     with pytest.raises(ValidationError):
         ServeDeploySchema(**config)
 
@@ -180,3 +164,21 @@ def test_in_place_and_beside_differ_in_nothing_else():
     assert in_place["spec"].pop("upgradeStrategy") == {"type": "None"}
     assert beside["spec"].pop("upgradeStrategy") == {"type": "NewCluster"}
     assert in_place == beside
+
+
+def test_variables_of_ours_are_read_by_someone():
+    code = [*ROOT.glob("ip2p_ray/**/*.py"), *ROOT.glob("serve/*.py")]
+    read = "\n".join(path.read_text("utf-8") for path in code)
+    found = {
+        variable["name"]
+        for tree in ("overlays/gpu", "jobs", "service")
+        for doc in rendered(tree)
+        for _, container in containers(doc)
+        for variable in container.get("env", [])
+    }
+    assert {name for name in found if name.startswith("IP2P_")} == {
+        "IP2P_LOG",
+        "IP2P_API_KEYS_FILE",
+    }
+    for name in ("IP2P_LOG", "IP2P_API_KEYS_FILE"):
+        assert f'"{name}"' in read

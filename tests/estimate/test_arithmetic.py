@@ -7,7 +7,7 @@ from ip2p_ray.errors import ConfigError
 from ip2p_ray.estimate import arithmetic
 from ip2p_ray.estimate.arithmetic import count, estimate, kept_of_triplet
 from ip2p_ray.estimate.config import Basis, Cluster, Prices, Sizes, Speed, Speeds, Workload
-from ip2p_ray.stages import compaction, latents, pairs_page, plan, queue, shards
+from ip2p_ray.stages import compaction, latents, pairs_page, plan, queue, replies, shards
 
 NOTHING = Speed(seconds=0.0, source="given")
 
@@ -71,6 +71,7 @@ def test_the_stages_cut_datasets_as_is_reckoned() -> None:
     assert shards.SHARD_ROWS == arithmetic.SHARD_ROWS
     assert shards.SHARD_BYTES == compaction.SHARD_BYTES == arithmetic.SHARD_BYTES
     assert plan.BLOCK_BYTES == arithmetic.BLOCK_BYTES
+    assert replies._MOST_ROWS == arithmetic.REPLY_BLOCK
     assert latents._MOST_BLOCKS == arithmetic.LATENT_BLOCKS
     assert pairs_page.SHOWN_TRIPLETS == arithmetic.SHOWN_TRIPLETS
 
@@ -160,6 +161,8 @@ def test_bytes_and_objects_by_hand() -> None:
     stored = {each.name: each for each in estimate(BASIS).stored}
     footer = arithmetic.FOOTER_BYTES
     assert stored["captions"].bytes == 1_000 * 100 + footer
+    assert stored["replies"].objects == 63  # batches of 16
+    assert stored["replies"].bytes == 1_000 * 200 + 63 * footer
     assert stored["scores"].bytes == 5_000 * 50 + footer
     assert stored["pairs"].bytes == 2_000 * (50 + 2 * 1_000) + 2 * footer
     assert stored["latents"].bytes == 1_500 * 4_000

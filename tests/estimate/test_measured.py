@@ -1,12 +1,13 @@
+import json
 import os
 import shutil
 
 import pytest
 
-from ip2p_ray import filtering
+from ip2p_ray import filtering, notes
 from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.estimate import devices, measured
-from ip2p_ray.estimate.config import Cluster
+from ip2p_ray.estimate.config import EXPLODED, Cluster
 from ip2p_ray.estimate.measured import read, workload
 from ip2p_ray.stages import report
 from tests.estimate.made_run import made_run
@@ -39,7 +40,7 @@ def test_what_is_left_of_the_wall_time_is_fixed(tmp_path):
         {
             "captions": 1.0,
             "triplets": 26 - 40 * 0.5,
-            "pairs": 41 - 60 / 2,
+            "pairs": 41 - 60 / 2 - 100 * EXPLODED.seconds / 8,
             "latents": 9 - 36 / 4,
             "training": 30 - 15,
             "evaluation": 20.5 - 40 * 0.25,
@@ -83,6 +84,16 @@ def test_more_actors_than_shards_is_no_steady_part(tmp_path):
     run = read([made_run(tmp_path)], Cluster(editors=4, generators=2, trainers=2))
     assert "the start included" in run.speeds["answer_step"].source
     assert run.speeds["answer_step"].seconds == pytest.approx(20 / 40 * 4 / 4)
+
+
+def test_what_attempts_noted_counts_before_the_times_of_files(tmp_path):
+    uri = made_run(tmp_path)
+    note = {"dataset": "latents", "attempts": [9.0], "now": {"busy": {"EncodePairs": 7.2}}}
+    (tmp_path / "latents" / notes.ORIGIN).write_text(json.dumps(note))
+    run = read([uri], MADE_ON)
+    assert run.speeds["latent"].seconds == pytest.approx(7.2 / 36)
+    assert run.fixed["latents"] == pytest.approx(9.0 - 7.2)
+    assert "start included" not in run.speeds["latent"].source
 
 
 def test_stages_of_several_folders_and_of_a_table(tmp_path):

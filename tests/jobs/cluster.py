@@ -28,8 +28,11 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def ray_head(*, cpus: int = 4) -> Iterator[str]:
-    """The dashboard's address of a head that runs while the block does."""
+def ray_head(*, cpus: int = 4, token: str | None = None) -> Iterator[str]:
+    """The dashboard's address of a head that runs while the block does.
+
+    With a `token` it wants that from whoever asks.
+    """
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: sockets lie below it
     port, dashboard, agent, client = free_ports(4)
     command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
@@ -44,18 +47,31 @@ def ray_head(*, cpus: int = 4) -> Iterator[str]:
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd="/",  # what a driver finds, it does not find because the head lay there
-            env={**environment, "RAY_AUTH_MODE": "disabled"},
+            env={**environment, **_authentication(token)},
             start_new_session=True,
         )
     try:
-        _wait_for(dashboard, head, Path(folder) / "head.log")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        _wait_for(dashboard, head, Path(folder) / "head.log", headers)
         yield f"http://127.0.0.1:{dashboard}"
     finally:
         _end(head)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for(port: int, head: "subprocess.Popen[bytes]", log: Path, limit_s: float = 120) -> None:
+def _authentication(token: str | None) -> dict[str, str]:
+    if token is None:
+        return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+
+
+def _wait_for(
+    port: int,
+    head: "subprocess.Popen[bytes]",
+    log: Path,
+    headers: dict[str, str],
+    limit_s: float = 300,
+) -> None:
     import httpx
 
     deadline = time.monotonic() + limit_s
@@ -64,7 +80,8 @@ def _wait_for(port: int, head: "subprocess.Popen[bytes]", log: Path, limit_s: fl
         assert time.monotonic() < deadline, log.read_text()
         with contextlib.suppress(httpx.HTTPError):
             # the job API is the last to answer
-            if httpx.get(f"http://127.0.0.1:{port}/api/jobs/", timeout=5).status_code == 200:
+            url = f"http://127.0.0.1:{port}/api/jobs/"
+            if httpx.get(url, headers=headers, timeout=5).status_code == 200:
                 return
         time.sleep(0.3)
 

@@ -30,3 +30,11 @@ class Job:
             # no sentence is broken by the frame around it
             env={**os.environ, "COLUMNS": "400", **environment},
         )
+
+
+def refused(bucket, flag, here):
+    """Flags, what a server refuses them with (None: nothing), and what is told of it."""
+    there = [flag, f"{bucket}/in", "--out", f"{bucket}/out"]
+    yield [flag, here, "--out", "s3://test-none/out"], None, "there is no bucket test-none at http"
+    yield there, (403, "AccessDenied"), "access is denied: the credentials in use have no right"
+    yield there, (400, "ExpiredToken"), "the credentials have expired; renew them and run"

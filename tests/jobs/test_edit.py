@@ -3,6 +3,7 @@ import re
 import pytest
 from PIL import Image, ImageChops, ImageOps
 
+from ip2p_ray import objects
 from ip2p_ray.images import decode_image
 from ip2p_ray.miniature.weights import load_editor
 from ip2p_ray.testing import FakeService, ServiceBehaviour
@@ -94,6 +95,20 @@ def is_negative(path, colour):
     return edited.getpixel((0, 0)) == ImageOps.invert(Image.new("RGB", (1, 1), colour)).getpixel(
         (0, 0)
     )
+
+
+def test_a_picture_may_lie_in_a_bucket(picture, bucket, tmp_path):
+    objects.write_file(f"{bucket}/pictures/boat.png", picture)
+    command = ["--image", f"{bucket}/pictures/boat.png", "--instruction", "x"]
+    with FakeService(ServiceBehaviour()) as service:
+        done = run_job(*command, "--server", service.url, "--out", tmp_path / "edited.png")
+        assert done.returncode == 0, done.stderr
+        assert is_negative(tmp_path / "edited.png", "blue")
+        command[1] = f"{bucket}/pictures/none.png"
+        done = run_job(*command, "--server", service.url, "--out", tmp_path / "other.png")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "pictures/none.png cannot be read: there is no such object" in done.stderr
 
 
 def test_a_picture_is_edited_by_a_service_that_wants_a_key(picture, tmp_path):

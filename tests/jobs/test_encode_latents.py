@@ -4,6 +4,7 @@ import signal
 import subprocess
 import time
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,7 +14,9 @@ from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.latents import LatentDataset
 from ip2p_ray.schema import PAIRS
-from tests.jobs.running import ROOT, Job
+from ip2p_ray.stages.latents import EncodingPlan
+from ip2p_ray.testing import FaultyWay, WayFaults
+from tests.jobs.running import ROOT, Job, refused
 
 JOB = Job("encode_latents.py")
 command, run_job = JOB.command, JOB.run
@@ -24,6 +27,8 @@ FLAGS = {
     *("--gpus", "--cpus", "--actor-resources", "--batch-size"),
 }
 """Public: a flag that goes away, or changes its name, breaks somebody's command."""
+
+FAULTS = WayFaults(slow_down=0.03, hang_up=0.02, lost=0.02, cut=0.02)
 
 
 def write_pairs(uri, count, side=64, sides=None):
@@ -66,6 +71,8 @@ def test_the_flags_are_those_that_were_promised():
         (["--pairs", "p", "--actors", "3", "--most-actors", "2"], "--most-actors is at least"),
         (["--pairs", "p", "--dtype", "float16"], "--dtype float16 is for GPUs"),
         (["--pairs", "p", "--text", "letters"], "--text"),
+        (["--pairs", "gs://bucket/p"], "a folder here or s3://bucket/folder"),
+        (["--pairs", "p", "--out", "s3:///l"], "--out s3:///l names no bucket"),
     ],
 )
 def test_a_wrong_flag_is_told_in_a_sentence(flags, told):
@@ -178,3 +185,66 @@ def test_kills_change_nothing(tiny_weights, tmp_path):
         for ours, theirs in zip(row[2:5], expected[key][2:5], strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-4)
     assert LatentDataset(killed / "latents").pairs == 300
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+def test_a_bucket_and_a_kill_on_a_bad_way_change_nothing(
+    tiny_weights, bucket, bucket_endpoint, tmp_path, monkeypatch
+):
+    asked = ["--model", tiny_weights / "generator", "--batch-size", 2]
+    here, there = [*asked, "--pairs", tmp_path / "pairs"], [*asked, "--pairs", f"{bucket}/pairs"]
+    for uri in (str(tmp_path / "pairs"), f"{bucket}/pairs"):
+        write_pairs(uri, 20)
+    with FaultyWay(bucket_endpoint, FAULTS) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        job = subprocess.Popen(
+            command(*there, "--out", f"{bucket}/run"),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        notes = []
+        while len(notes) < 2 and job.poll() is None:
+            notes = storage.list_shards(f"{bucket}/run/.resume/latents")
+            time.sleep(0.1)
+        job.kill()
+        job.wait()
+        assert not storage.exists(f"{bucket}/run/latents/{storage.MANIFEST}")
+        done = run_job(*there, "--out", f"{bucket}/run/")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", bucket_endpoint)
+    assert done.returncode == 0, done.stderr
+    assert f"encode_latents: {bucket}/run/latents has 20 pairs" in done.stdout
+    assert way.counts["slow_down"] + way.counts["hang_up"] + way.counts["lost"] > 0
+    whole = run_job(*here, "--out", tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    storage.download(f"{bucket}/run/latents", tmp_path / "fetched")
+    found, expected = contents(tmp_path / "fetched"), contents(tmp_path / "latents")
+    assert found.keys() == expected.keys()
+    for key, row in found.items():
+        assert row[:2] == expected[key][:2]
+        for ours, theirs in zip(row[2:5], expected[key][2:5], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-4)
+    uploads = boto3.client("s3").list_multipart_uploads(Bucket=bucket.removeprefix("s3://"))
+    assert not uploads.get("Uploads")
+
+
+def test_a_dry_run_for_a_bucket_asks_no_disk(bucket):
+    plan = EncodingPlan(
+        pairs=10, pair_bytes=1 << 60, seconds=1.0, actors=1, free_bytes=None, shape=(4, 8, 8)
+    )
+    plan.require_room(bucket)
+    assert "free" not in " ".join(plan.lines())
+
+
+@pytest.mark.timeout(900)
+def test_what_a_bucket_refuses_is_one_sentence_before_a_model_is_looked_for(bucket, tmp_path):
+    write_pairs(str(tmp_path / "pairs"), 2)
+    for flags, refusal, told in refused(bucket, "--pairs", tmp_path / "pairs"):
+        with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=refusal)) as way:
+            environment = {"AWS_ENDPOINT_URL": way.url} if refusal else {}
+            done = run_job(*flags, "--model", tmp_path / "none", **environment)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.startswith("encode_latents: s3://")
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1

@@ -11,9 +11,12 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTModel
 
+from ip2p_ray import storage
+from ip2p_ray.clip import Clip
 from ip2p_ray.images import encode_png, to_pil
 from ip2p_ray.miniature import scores
 from ip2p_ray.miniature.scenes import draw
+from ip2p_ray.presets import folder_fingerprint
 from jobs.evaluate_editor import EvaluateEditor, _settings
 from tests.jobs.running import ROOT, Job
 
@@ -192,3 +195,37 @@ def test_a_killed_run_goes_on_and_ends_the_same(flags, tmp_path):
         assert one["image_similarity"] == pytest.approx(other["image_similarity"], abs=0.02)
     third = run_job(*asked, "--out", out)
     assert "there already" in third.stdout
+
+
+@pytest.mark.parametrize("flag", ["--out", "--editor", "--data", "--judge", "--generator"])
+def test_a_bucket_that_is_not_there_is_told_before_a_model_is_loaded(bucket, tmp_path, flag):
+    flags = {"--out": tmp_path, flag: "s3://test-none/it"}
+    done = run_job(*[word for pair in flags.items() for word in pair])
+    assert done.returncode == 1
+    assert "there is no bucket test-none at http://" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+def test_everything_may_lie_in_a_bucket(flags, tiny_weights, magic_brush, bucket, tmp_path):
+    storage.upload(tiny_weights, f"{bucket}/models/tiny")
+    storage.upload(magic_brush, f"{bucket}/MagicBrush")
+    models = {
+        "--editor": f"{bucket}/models/tiny",
+        "--generator": f"{bucket}/models/tiny/generator",
+        "--judge": f"{bucket}/models/tiny/judge",
+    }
+    asked = [models.get(before, word) for before, word in itertools.pairwise(["", *flags])]
+    asked += ["--data", f"{bucket}/MagicBrush", "--out", f"{bucket}/evaluation"]
+    done = run_job(*asked, IP2P_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert f"see {bucket}/evaluation/report.html" in done.stdout
+    metrics = json.loads(storage.read_bytes(f"{bucket}/evaluation/metrics.json"))
+    assert metrics["models"]["judge"] == Clip.load(tiny_weights / "judge").fingerprint()
+    assert metrics["models"]["baselines"] == folder_fingerprint(tiny_weights / "generator")
+    assert metrics["tasks"]["used"] == 3
+    assert b"data:image/" in storage.read_bytes(f"{bucket}/evaluation/report.html")
+    assert storage.count_rows(f"{bucket}/evaluation/scores.parquet") > 3
+    again = run_job(*asked, IP2P_CACHE=str(tmp_path / "cache"))
+    assert again.returncode == 0, again.stderr
+    assert "there already" in again.stdout

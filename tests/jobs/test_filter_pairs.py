@@ -1,4 +1,5 @@
 import io
+import json
 import re
 
 import numpy as np
@@ -10,8 +11,10 @@ from PIL import Image
 
 from ip2p_ray import storage
 from ip2p_ray.miniature.weights import WEIGHTS
-from ip2p_ray.schema import PAIRS, SCORES
-from tests.jobs.running import Job
+from ip2p_ray.schema import PAIRS, REJECTS, SCORES
+from ip2p_ray.stages.checked import CHECKED
+from ip2p_ray.testing import FaultyWay, WayFaults
+from tests.jobs.running import Job, refused
 
 run_job = Job("filter_pairs.py").run
 
@@ -84,7 +87,11 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path, mine, capsys, monkey
         (["--input", mine], "--input needs --out"),
         (["--scores", tmp_path / "none", *out], "none: there is no such folder"),
         (["--input", tmp_path / "none.csv", *out], "none.csv: there is no such file or folder"),
-        (["--input", "s3://bucket/a.csv", *out], "only local files can be read"),
+        (["--input", "https://host/a.csv", *out], "a folder here or s3://bucket/folder"),
+        (["--input", "s3://", *out], "--input s3:// names no bucket"),
+        (["--input", "s3://b1/in", "--out", "s3://b1/in/out"], "lies in s3://b1/in, whose files"),
+        (["--scores", "s3://b1/a", "--out", "s3://b1/a/"], "is what --scores names"),
+        (["--scores", "s3://b1/a", "--out", "s3://b1/a/pairs/b"], "lies in s3://b1/a/pairs, whose"),
         (["--scores", there, *out, "--image", "75"], "--image is a cosine in [-1, 1]"),
         (["--scores", there, *out, "--keep", "0"], "--keep is at least 1"),
         (["--scores", there, *out, "--judge", "x"], "--judge is only for --input"),
@@ -119,9 +126,10 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path, mine, capsys, monkey
 
 def test_folders_beside_what_is_read_are_taken(tmp_path, mine):
     asked = ask("--input", mine, "--out", tmp_path / "out", "--export", tmp_path / "out" / "e")
-    assert asked.export == tmp_path / "out" / "e"
+    assert asked.export == str(tmp_path / "out" / "e")
     again = ask("--scores", tmp_path, "--out", tmp_path / "looser")
-    assert again.out == tmp_path / "looser"
+    assert again.out == str(tmp_path / "looser")
+    assert ask("--input", "s3://b1/in.csv", "--out", "s3://b1/in").out == "s3://b1/in"
     # An export is a dataset itself, and the same command finds it.
     storage.write_manifest(tmp_path / "published", storage.Manifest(dataset="export"))
     assert ask("--scores", tmp_path, "--export", tmp_path / "published").out is None
@@ -164,5 +172,80 @@ def test_what_is_wrong_with_the_data_is_one_sentence_and_status_1(tmp_path, mine
         done = run_job(*arguments)
         assert done.returncode == 1, arguments
         assert done.stderr.startswith("filter_pairs: ")
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.timeout(1800)
+def test_a_bucket_is_read_and_written_as_a_folder(bucket, tmp_path, mine):
+    own = tmp_path / "own"
+    (own / "pictures").mkdir(parents=True)
+    mine.rename(own / "a.parquet")
+    for number in range(4):
+        (own / "pictures" / f"{number}.png").write_bytes(encoded(100 + number))
+    names = [("0", "1"), ("2", "3"), ("0", "none")]
+    lines = [
+        json.dumps(
+            {
+                "source_image": f"pictures/{source}.png",
+                "instruction": "turn it",
+                "edited_image": f"pictures/{edited}.png",
+            }
+        )
+        for source, edited in names
+    ]
+    (own / "b.jsonl").write_text("\n".join(lines))
+    for path in own.rglob("*.*"):
+        name = path.relative_to(tmp_path).as_posix()
+        storage.write_bytes(f"{bucket}/{name}", path.read_bytes())
+    judged = ("--judge", WEIGHTS / "judge", "--text", -1, "--image", -1, "--direction", -1)
+    for place in (tmp_path, bucket):
+        done = run_job(
+            *("--input", f"{place}/own", "--out", f"{place}/out", "--export", f"{place}/published"),
+            *("--max-reject-share", 0.2, *judged),
+        )
+        assert done.returncode == 0, done.stderr
+        assert (
+            "pairs: kept 13 of 15 (87 %); rejected image_broken 1, image_missing 1" in done.stdout
+        )
+        again = run_job(
+            *("--scores", f"{place}/out", "--out", f"{place}/again", "--image", 0.5, "--keep", 1)
+        )
+        assert again.returncode == 0, again.stderr
+    for name, schema in {
+        "out/checked": CHECKED,
+        "out/scores": SCORES,
+        "out/pairs": PAIRS,
+        "out/rejects/pairs": REJECTS,
+        "again/scores": SCORES,
+        "again/pairs": PAIRS,
+    }.items():
+        here, there = (storage.read_dataset(f"{at}/{name}", schema) for at in (tmp_path, bucket))
+        if schema is REJECTS or schema is CHECKED:  # they name where a missing picture was
+            here, there = (table.drop_columns("detail") for table in (here, there))
+        assert there.equals(here), name
+    published = storage.read_manifest(f"{bucket}/published").shards
+    assert [shard.rows for shard in published] == [
+        shard.rows for shard in storage.read_manifest(tmp_path / "published").shards
+    ]
+    assert storage.exists(f"{bucket}/published/README.md")
+    twice = run_job("--scores", f"{bucket}/out", "--export", f"{bucket}/out/pairs/published")
+    assert twice.returncode == 2
+    inside = run_job("--scores", f"{bucket}/out", "--export", f"{bucket}/again/pairs/published")
+    assert inside.returncode == 1
+    assert f"lies in the dataset {bucket}/again/pairs, whose it is not" in inside.stderr
+    storage.write_bytes(f"{bucket}/taken/file", b"")
+    taken = run_job("--scores", f"{bucket}/out", "--export", f"{bucket}/taken")
+    assert f"folder {bucket}/taken is not empty (file is in it); give a new one" in taken.stderr
+
+
+@pytest.mark.timeout(900)
+def test_what_a_bucket_refuses_is_one_sentence_before_a_model_is_looked_for(bucket, tmp_path, mine):
+    for flags, refusal, told in refused(bucket, "--input", mine):
+        with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=refusal)) as way:
+            environment = {"AWS_ENDPOINT_URL": way.url} if refusal else {}
+            done = run_job(*flags, "--judge", tmp_path / "none", **environment)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.startswith("filter_pairs: s3://")
         assert told in done.stderr
         assert done.stderr.count("\n") == 1

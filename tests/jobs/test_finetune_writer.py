@@ -10,10 +10,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from ip2p_ray import objects, storage
+from ip2p_ray.copies import local_folder
 from ip2p_ray.miniature import writer as miniature_writer
 from ip2p_ray.miniature.scores import random_captions
 from ip2p_ray.miniature.tiny import true_edit
 from ip2p_ray.miniature.weights import WEIGHTS
+from ip2p_ray.presets import folder_fingerprint
 from ip2p_ray.stages.run import locked
 from ip2p_ray.triplets.local_writer import LocalWriter
 from ip2p_ray.triplets.reply import Triplet
@@ -72,7 +75,12 @@ def test_what_is_wrong_is_told_in_a_sentence(tmp_path):
         (["--backend", "openai"], 2, "--model names"),
         (["--backend", "local", "--model", tmp_path / "no"], 2, "no such folder"),
         ([*server, "--base-url", "http://h:99999/v1"], 2, "--base-url is like"),
-        (["--backend", "local", "--out", "s3://bucket/w"], 2, "--out s3:/bucket/w: a folder here"),
+        ([*server[:4], "--out", "s3://bucket/w"], 2, "--out s3://bucket/w: of --backend openai a"),
+        (
+            ["--backend", "local", "--out", "gs://b/w"],
+            2,
+            "--out gs://b/w: give a folder here or s3",
+        ),
         ([*server, "--held-out", "1"], 2, "--held-out lies in (0, 1)"),
         (server, 1, "the environment variable OPENAI_API_KEY holds no key"),
         (
@@ -124,7 +132,7 @@ def examples(tmp_path):
 
 
 @pytest.mark.ray
-def test_a_local_writer_learns_from_the_examples(tmp_path, untrained, examples):
+def test_a_local_writer_learns_from_the_examples(tmp_path, untrained, examples, bucket):
     out = tmp_path / "out"
     flags = ["--backend", "local", "--out", out, "--model", untrained, "--examples", examples]
     flags += ["--learning-rate", "4e-3", "--epochs", "4"]
@@ -142,10 +150,15 @@ def test_a_local_writer_learns_from_the_examples(tmp_path, untrained, examples):
     assert other.returncode == 1
     assert "was made differently (epochs 4 there, 3 now)" in other.stderr
 
-    worse = tmp_path / "worse"
-    flags = ["--backend", "local", "--out", worse, "--examples", examples]
-    done = run_job(*flags, "--model", out / "writer", "--learning-rate", "1")
+    storage.upload(out / "writer", f"{bucket}/writer")
+    objects.write_file(f"{bucket}/examples.jsonl", examples)
+    flags = ["--backend", "local", "--out", f"{bucket}/worse"]
+    flags += ["--examples", f"{bucket}/examples.jsonl", "--model", f"{bucket}/writer"]
+    done = run_job(*flags, "--learning-rate", "1")
     assert scores(done) == (after, 0)
+    assert f"the new model is {bucket}/worse/writer" in done.stdout
     assert "finetune_writer: warning: the new model is worse than the one" in done.stdout
     assert (out / "writer" / "model.safetensors").is_file()
-    assert (worse / "writer" / "model.safetensors").is_file()
+    worse = storage.read_manifest(f"{bucket}/worse/writer")
+    assert worse.models["writer"] == folder_fingerprint(out / "writer")
+    LocalWriter.load(local_folder(f"{bucket}/worse/writer", tmp_path / "cache"))

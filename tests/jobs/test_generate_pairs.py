@@ -6,9 +6,10 @@ from ip2p_ray import storage
 from ip2p_ray.images import decode_image
 from ip2p_ray.schema import CANDIDATES, PAIRS, REJECTS, SCORES
 from ip2p_ray.stages.run import locked
+from ip2p_ray.testing import FaultyWay, WayFaults
 from ip2p_ray.testing.pairs import dataset_of, write_triplets
 from jobs.generate_pairs import GeneratePairs, _settings
-from tests.jobs.running import Job
+from tests.jobs.running import Job, refused
 
 run_job = Job("generate_pairs.py").run
 
@@ -55,7 +56,8 @@ def test_the_flags_are_those_that_were_promised():
         (["--triplets", "t", "--text", "nan"], "text"),
         (["--triplets", "t", "--stop-early", "2"], "stop_early must lie in (0, 1)"),
         (["--triplets", "t", "--stop-margin", "0.3"], "stop_margin means nothing without"),
-        (["--triplets", "s3://bucket/t"], "only local datasets can be read"),
+        (["--triplets", "https://host/t"], "a folder here or s3://bucket/folder"),
+        (["--triplets", "t", "--out", "s3://"], "--out s3:// names no bucket"),
         (["--triplets", "t", "--sampler", "heun"], "--sampler"),
         (["--triplets", "t", "--candidats", "3"], "--candidats"),
     ],
@@ -77,6 +79,19 @@ def test_a_missing_dataset_and_a_folder_in_use_end_it_before_anything_starts(tmp
         done = run_job("--triplets", tmp_path / "triplets", "--out", tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"generate_pairs: another run is working in {tmp_path}")
+
+
+@pytest.mark.timeout(900)
+def test_what_a_bucket_refuses_is_one_sentence_before_a_model_is_looked_for(bucket, tmp_path):
+    write_triplets(str(tmp_path / "triplets"), 3)
+    for flags, refusal, told in refused(bucket, "--triplets", tmp_path / "triplets"):
+        with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=refusal)) as way:
+            environment = {"AWS_ENDPOINT_URL": way.url} if refusal else {}
+            done = run_job(*flags, "--generator", tmp_path / "none", **environment)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.startswith("generate_pairs: s3://")
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

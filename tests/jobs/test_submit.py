@@ -1,17 +1,22 @@
 """`ray job submit` to a real head: what an operator types, and what comes of it."""
 
 import os
+import platform
+import secrets
 import subprocess
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.jobs.cluster import RAY, ROOT, ray_head
+from tests.jobs.running import Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-GENERATE = ("jobs/generate_pairs.py", "--candidates", 6, "--steps", 40, "--batch-size", 4)
+GENERATE = ("jobs/generate_pairs.py", "--limit", 10, "--candidates", 4, "--steps", 30)
+GENERATE += ("--batch-size", 4)
 LIMIT_S = 900
 """For one job, where others work on the same cores."""
 
@@ -43,13 +48,13 @@ class Cluster:
             time.sleep(0.5)
         return self.status(job), self.client.get_job_logs(job)
 
-    def succeed(self, *command):
+    def succeed(self, *command, connects=True):
         """The logs of a job that has ended well, and whose driver worked in this cluster."""
         job = self.submit(*command)
         status, logs = self.wait(job)
         assert status == "SUCCEEDED", logs
         # a driver that had started a Ray of its own would have none here
-        assert self.client.get_job_info(job).driver_info is not None
+        assert (self.client.get_job_info(job).driver_info is not None) is connects
         return logs
 
 
@@ -136,7 +141,7 @@ def test_a_job_runs_the_code_that_was_sent_and_so_do_its_workers(cluster):
 def test_pairs_latents_training_and_evaluation_go_on_from_what_was_made(
     cluster, quickstart, generated
 ):
-    assert whole(generated)["candidates"] == whole(quickstart)["triplets"]
+    assert whole(generated)["candidates"] == 10
     out = quickstart.parent / "editor"
     latents = quickstart / "latents"
     flags = ("--steps", 4, "--batch-size", 4, "--micro-batch", 2, "--workers", 2)
@@ -181,3 +186,29 @@ def test_a_stopped_job_leaves_what_the_same_command_completes(cluster, quickstar
         assert keys(out, dataset) == keys(generated, dataset)
     assert whole(out) == whole(generated)
     assert not [path for path in Path(out).rglob("*") if path.name.endswith((".tmp", ".partial"))]
+
+
+def test_a_preflight_tells_that_all_is_well(cluster, tmp_path):
+    done = Job("preflight.py").run("--address", cluster.address, "--storage", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wrong: " not in done.stdout
+    assert (
+        f"fine: {cluster.address} ran a job, in Python {platform.python_version()}" in done.stdout
+    )
+    logs = cluster.succeed("jobs/preflight.py", "--storage", tmp_path, connects=False)
+    assert f"fine: {tmp_path} can be listed and written to" in logs
+
+
+def test_a_head_with_a_token_answers_nobody_else():
+    token = secrets.token_hex(32)
+    with ray_head(token=token) as address:
+        for path in ("/api/jobs/", "/api/version", "/nodes?view=summary"):
+            assert httpx.get(address + path, timeout=30).status_code == 401
+        wrong = {"RAY_AUTH_MODE": "disabled"}
+        done = Job("preflight.py").run("--address", address, **wrong)
+        assert done.returncode == 1
+        assert f"wrong: {address} wants a token (401): export RAY_AUTH_MODE=token" in done.stdout
+        right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        done = Job("preflight.py").run("--address", address, **right)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert token not in done.stdout + done.stderr

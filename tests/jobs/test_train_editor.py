@@ -145,6 +145,28 @@ def test_missing_data_and_libraries_end_it_before_anything_starts(asked, tmp_pat
     assert "metrics to mlflow need the library mlflow" in done.stderr
 
 
+@pytest.mark.parametrize("flag", ["--latents", "--out", "--mirror", "--start"])
+def test_a_bucket_that_is_not_there_is_told_before_a_model_is_loaded(asked, bucket, tmp_path, flag):
+    done = run_job(*asked, "--out", tmp_path, flag, "s3://test-none/it")
+    assert done.returncode == 1
+    assert "there is no bucket test-none at http://" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [("AccessDenied", "access is denied"), ("ExpiredToken", "the credentials have expired")],
+)
+def test_a_bucket_that_refuses_is_told_before_a_model_is_loaded(
+    asked, bucket, bucket_endpoint, code, told
+):
+    with FaultyWay(bucket_endpoint, WayFaults(refusal=(403, code))) as way:
+        done = run_job(*asked, "--out", f"{bucket}/run", AWS_ENDPOINT_URL=way.url)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.ray
 def test_too_little_memory_is_told_before_training(asked, tmp_path):
     many = ["--batch-size", 10_000_000, "--micro-batch", 10_000_000]
@@ -312,9 +334,8 @@ def test_a_run_goes_on_from_its_mirror_where_the_disk_is_lost(asked, bucket, tmp
 @pytest.fixture
 def stored(data, tiny_weights, bucket, tmp_path):
     """The flags of `asked` with everything in a bucket, and a cache for the machine."""
-    for folder, uri in ((data, bucket), (tiny_weights / "generator", f"{bucket}/generator")):
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            objects.write_file(f"{uri}/{path.relative_to(folder).as_posix()}", path)
+    storage.upload(data, bucket)
+    storage.upload(tiny_weights / "generator", f"{bucket}/generator")
     start = ["--start", f"{bucket}/generator", "--steps", 8, "--batch-size", 4]
     flags = ["--latents", f"{bucket}/latents", *start, "--log-every", 1, "--save-every", 2]
     return [*flags, "--cache", tmp_path / "cache"]

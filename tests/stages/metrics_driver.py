@@ -1,4 +1,4 @@
-"""What the test of the metrics runs: the flow on small models, and replies of an endpoint.
+"""What the test of the metrics runs: small stages with small models, and an endpoint that fails.
 
 It says where its Ray shows the metrics, and ends when it is told to.
 """
@@ -13,10 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import ray
 
 from ip2p_ray import presets
-from ip2p_ray.evaluation import EvaluationConfig
+from ip2p_ray.generator import GeneratorWeights
+from ip2p_ray.miniature.scores import random_captions
 from ip2p_ray.stages import run
-from ip2p_ray.stages.flow import make_datasets
+from ip2p_ray.stages.captions import collect_captions
+from ip2p_ray.stages.latents import encode_latents
+from ip2p_ray.stages.pairs import Making, generate_pairs
 from ip2p_ray.stages.replies import Asking
+from ip2p_ray.stages.training import train_editor
 from ip2p_ray.stages.triplets import ask_triplets
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.limits import LimitsConfig
@@ -24,26 +28,45 @@ from ip2p_ray.triplets.writer import WriterConfig
 
 
 def main(weights: str, folder: str, endpoint: str) -> None:
-    """The flow in the folder, replies in <folder>/asked."""
+    """From captions to an editor, in the folder."""
     preset = presets.miniature(Path(weights))
-    preset = replace(preset, training=replace(preset.training, steps=9, batch_size=4))
-    questions = EvaluationConfig(tasks=3, shown=2, curve_tasks=2, image_guidance_scales=(1.0, 1.5))
+    models = presets.fingerprints(preset)
+    pairs = replace(preset.pairs, candidates=2, keep=1)  # so that candidates are rejected
+    training = replace(preset.training, steps=9, batch_size=4)
     asking = Asking(
-        journal=f"{folder}/asked/journal",
+        journal=f"{folder}/journal",
         endpoint=Endpoint(base_url=endpoint, api_key_env=None, backoff_s=0.01),
         limits=LimitsConfig(
             usd_per_million_prompt_tokens=1000.0, usd_per_million_completion_tokens=2000.0
         ),
     )
-    with run.locked(folder), run.local_ray(workers=2):
+    with run.locked(folder), run.local_ray(workers=1):
         say(port=ray.nodes()[0]["MetricsExportPort"])
-        make_datasets(folder, preset, questions, captions=10, seed=0, workers=2)
+        collect_captions(random_captions(10, 0), f"{folder}/captions", config={"count": 10})
         ask_triplets(
             f"{folder}/captions",
-            f"{folder}/asked",
+            folder,
             WriterConfig(model="fake", shots=0),
             examples=(),
             asking=asking,
+        )
+        making = Making(generator=GeneratorWeights(source=preset.generator), judge=preset.judge)
+        generate_pairs(f"{folder}/triplets", folder, pairs, making, models=models)
+        encode_latents(
+            f"{folder}/pairs",
+            f"{folder}/latents",
+            generator=preset.generator,
+            models=models,
+            resources=run.Resources(),
+        )
+        train_editor(
+            f"{folder}/latents",
+            folder,
+            training,
+            generator=preset.generator,
+            editing=preset.editing,
+            models=models,
+            resources=run.Resources(),
         )
         say(done=True)
         sys.stdin.readline()

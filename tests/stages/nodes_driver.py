@@ -47,11 +47,11 @@ def encode(pairs: str, uri: str, generator: str) -> None:
         latents.encode_latents(pairs, uri, models={"generator": "tiny"}, **asked)
 
 
-def train(source: str, folder: str, weights: str, steps: str) -> None:
+def train(source: str, folder: str, weights: str, steps: str, pool: str = "trainer") -> None:
     """Two workers in the trainers' pool."""
     preset = presets.miniature(Path(weights))
     config = replace(preset.training, steps=int(steps), batch_size=4)
-    resources = run.Resources(actors=2, cpus=1.0, custom=(("trainer", 1.0),))
+    resources = run.Resources(actors=2, cpus=1.0, custom=((pool, 1.0),))
     data = Source(uri=source)
     with run.local_ray(workers=2, actors=[resources]):
         training.survey(

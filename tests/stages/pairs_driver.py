@@ -37,7 +37,10 @@ def main(triplets: str, folder: str, actors: int, seconds: float, log: str) -> N
 
 
 if __name__ == "__main__":
-    triplets, folder, actors, seconds, log = sys.argv[1:]
-    sys.exit(
-        run.guarded("driver", lambda: main(triplets, folder, int(actors), float(seconds), log))
-    )
+    triplets, first, actors, seconds, log, *others = sys.argv[1:]
+
+    def work() -> None:
+        for folder in (first, *others):
+            main(triplets, folder, int(actors), float(seconds), log)
+
+    sys.exit(run.guarded("driver", work))

@@ -83,10 +83,10 @@ class Prometheus:
         return answer.json()["data"]["result"]
 
     def sums(self, metric, *labels):
-        """The sum of a metric over processes, by the values of some labels."""
+        """The sum of what processes counted, by the values of some labels."""
         return {
             tuple(series["metric"].get(label, "") for label in labels): float(series["value"][1])
-            for series in self.ask(f"sum by ({', '.join(labels)}) ({metric})")
+            for series in self.ask(f"sum by ({', '.join(labels)}) (last_over_time({metric}[1h]))")
         }
 
 
@@ -100,7 +100,7 @@ def free_port():
 def prometheus(folder, target):
     """Prometheus on a port of its own, of which every file lies in the folder."""
     config = {
-        "global": {"scrape_interval": "1s"},
+        "global": {"scrape_interval": "2s", "scrape_timeout": "2s"},
         "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [target]}]}],
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -171,8 +171,8 @@ def test_a_real_prometheus_finds_what_the_manifests_say(tiny_weights, tmp_path):
         prometheus(tmp_path, f"127.0.0.1:{driver.said('port')}") as asked,
     ):
         assert driver.said("done")
-        _wait_for(asked)
-        _check(asked, folder)
+        settled(lambda: _all_there(asked))
+        settled(lambda: _check(asked, folder))
         for title, expression in expressions("pipeline"):
             found = asked.ask_range(expression)
             assert found or OF_GPUS in expression, f"{title}: no series of {expression}"
@@ -180,22 +180,28 @@ def test_a_real_prometheus_finds_what_the_manifests_say(tiny_weights, tmp_path):
             asked.ask(expression)  # nothing is served here, but Prometheus can read it
 
 
-def _wait_for(asked, seconds=120):
-    """Until every counter was there some times, of which a rate can be made."""
+def settled(check, seconds=240):
+    """Returns once the check passes: a scrape may be late, or fail where the machine is busy."""
     deadline = time.monotonic() + seconds
     while True:
         try:
-            lacking = [
-                name
-                for name in sorted(named() - {OF_GPUS})
-                if not asked.ask(f"count_over_time({name}[1h]) > {4 if _is_kept(name) else 0}")
-            ]
-        except httpx.HTTPError as error:
-            lacking = [str(error)]
-        if not lacking:
+            check()
+        except (AssertionError, httpx.HTTPError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2)
+        else:
             return
-        assert time.monotonic() < deadline, f"not scraped: {lacking}"
-        time.sleep(1)
+
+
+def _all_there(asked):
+    """Every metric, a counter so often that a rate can be made of it."""
+    lacking = [
+        name
+        for name in sorted(named() - {OF_GPUS})
+        if not asked.ask(f"count_over_time({name}[1h]) > {4 if _is_kept(name) else 0}")
+    ]
+    assert not lacking
 
 
 def _is_kept(name):
@@ -205,15 +211,11 @@ def _is_kept(name):
 
 def _check(asked, folder):
     """What counters say, against what is kept."""
-    manifests = {
-        name: storage.read_manifest(str(folder / name))
-        for name in ("candidates", "latents", "replies", "answers", "pairs", "triplets")
-    }
-    asking = storage.read_manifest(str(folder / "asked" / "replies"))
+    names = ("replies", "candidates", "latents", "pairs")
+    manifests = {name: storage.read_manifest(str(folder / name)) for name in names}
     rows = asked.sums("ray_ip2p_dataset_rows_total", "dataset")
-    for name in ("candidates", "latents", "answers"):
+    for name in ("replies", "candidates", "latents"):
         assert rows[(name,)] == manifests[name].rows, name
-    assert rows[("replies",)] == manifests["replies"].rows + asking.rows
 
     scores = storage.read_dataset(str(folder / "scores"), SCORES, columns=["reason"])
     verdicts = Counter(scores["reason"].to_pylist())
@@ -228,14 +230,14 @@ def _check(asked, folder):
     pairs = manifests["pairs"].reports[0]
     assert pairs["rejected"] == {name: n for name, n in verdicts.items() if name is not None}
 
-    statuses = Counter()
-    for place in (folder / "replies", folder / "asked" / "replies"):
-        table = storage.read_dataset(str(place), REPLIES, columns=["status"])
-        statuses.update(table["status"].to_pylist())
+    replies = storage.read_dataset(str(folder / "replies"), REPLIES, columns=["status"])
+    statuses = Counter(replies["status"].to_pylist())
     assert of("replies") == {None if name == "ok" else name: n for name, n in statuses.items()}
+    assert len(statuses) > 1
+    assert len(verdicts) > 1
 
     requests = asked.sums("ray_ip2p_writer_requests_total", "outcome")
-    assert requests[("answered",)] == asking.rows
+    assert requests[("answered",)] == manifests["replies"].rows
     tokens = asked.sums("ray_ip2p_writer_tokens_total", "direction")
     usd = asked.sums("ray_ip2p_writer_usd_total")
     spent = (1000.0 * tokens[("read",)] + 2000.0 * tokens[("written",)]) / 1e6

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from ip2p_ray import storage
 from ip2p_ray.completeness import recomputed
@@ -170,18 +170,60 @@ def test_a_node_of_one_of_two_workers_killed_in_training_changes_nothing(
     cluster.finish(driver, log)
     assert "goes on at the newest checkpoint after a failure" in log.read_text()
 
-    expected, rows = noted("undisturbed"), noted("killed")
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    losses = [[row["loss"] for row in each] for each in (rows, expected)]
-    np.testing.assert_allclose(*losses, rtol=1e-3)
-    ours, theirs = (
-        load_file(tmp_path / name / "editor" / "unet" / "diffusion_pytorch_model.safetensors")
-        for name in ("killed", "undisturbed")
-    )
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-3)
+    difference = compared(tmp_path / "killed", tmp_path / "undisturbed")
     assert cluster.where("RayTrainWorker") == {"trainer"}
     assert cluster.where("_survey") <= {"trainer"}
     assert not cluster.head_work
-    logger.info("largest difference of a loss: %g", np.abs(np.subtract(*losses)).max())
+    logger.info("largest difference of a loss: %g", difference)
+
+
+def compared(killed, undisturbed):
+    """The largest difference of a loss between two runs, once they are found to be the same."""
+    rows, expected = (
+        read_metrics(storage.join(run, "checkpoints")) for run in (killed, undisturbed)
+    )
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    losses = [[row["loss"] for row in each] for each in (rows, expected)]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    name = "editor/unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = (load(storage.read_bytes(storage.join(r, name))) for r in (killed, undisturbed))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-3)
+    return np.abs(np.subtract(*losses)).max()
+
+
+def test_nodes_that_share_only_a_bucket_and_lose_one_of_them_train_the_same(
+    cluster, encoded, tiny_weights, bucket, tmp_path, monkeypatch
+):
+    """Each node has a disk of its own for copies and for checkpoints on their way."""
+    uri, log = f"{bucket}/latents", tmp_path / "log"
+    storage.write_shard(uri, "part-00000", encoded)
+    storage.write_manifest(uri, storage.Manifest(dataset="latents", recipe="noise"))
+
+    def add(number):
+        monkeypatch.setenv("IP2P_CACHE", str(tmp_path / f"disk-{number}"))
+        cluster.add("far")  # its processes have the environment of now
+
+    def start(name):
+        monkeypatch.setenv("IP2P_CACHE", str(tmp_path / "disk-driver"))
+        return cluster.start(
+            DRIVER, "train", uri, f"{bucket}/{name}", tiny_weights, str(STEPS), "far", log=log
+        )
+
+    add(0)
+    add(1)
+    cluster.cluster.wait_for_nodes()
+    cluster.finish(start("undisturbed"), log)
+    driver = start("killed")
+    cluster.wait(driver, log, lambda: len(read_metrics(f"{bucket}/killed/checkpoints")) >= NOTED)
+    cluster.kill("far")
+    assert len(read_metrics(f"{bucket}/killed/checkpoints")) < STEPS
+    add(2)
+    cluster.finish(driver, log)
+    assert "goes on at the newest checkpoint after a failure" in log.read_text()
+    difference = compared(f"{bucket}/killed", f"{bucket}/undisturbed")
+    copies = {path.parts[-4] for path in tmp_path.glob("disk-*/datasets/*/part-00000.parquet")}
+    assert copies == {"disk-0", "disk-1", "disk-2"}
+    assert cluster.where("RayTrainWorker") >= {"far"}
+    logger.info("largest difference of a loss: %g", difference)

@@ -1,5 +1,6 @@
 import logging
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.errors import ModelError, StageError
+from ip2p_ray.notes import read_noted
 from ip2p_ray.stages import plan, run
 
 pytestmark = pytest.mark.ray
@@ -54,7 +56,7 @@ def note(tmp_path, **arguments):
     return plan.Step(callable=Note, arguments=arguments, resources=resources)
 
 
-def stream(source, uri, steps):
+def stream(source, uri, steps, **options):
     return plan.stream(
         plan.shards(source),
         uri,
@@ -63,6 +65,7 @@ def stream(source, uri, steps):
         steps=steps,
         unit="rows",
         rows_per_block=2,
+        **options,
     )
 
 
@@ -169,3 +172,42 @@ def test_a_cluster_whose_actors_hold_every_cpu_is_told_of(local_ray, tmp_path):
     assert f"hold {have:g} CPUs and reading and writing want 0.25" in lacking(have)
     assert lacking(have - 1) is None
     assert f"the cluster has {have:g}; it waits" in lacking(have - 1, resumes=True)
+
+
+def parity(table):
+    """Even values are kept."""
+    return Counter("odd" if value % 2 else None for value in table["value"].to_pylist())
+
+
+PARITY = plan.Judged(columns=["value"], verdicts=parity)
+
+
+def test_it_is_noted_how_far_a_plan_came_and_what_it_judged(local_ray, source, tmp_path):
+    uri, origin = str(tmp_path / "out"), run.Origin(dataset="numbers", config={})
+
+    def built(**arguments):
+        step = replace(note(tmp_path, **arguments), judges=True)
+        stream(source, uri, [step], judged=PARITY)
+        return []
+
+    with pytest.raises(Exception, match="the weights are gone"):
+        run.make(uri, origin, lambda: built(fail_after=10))
+    first = read_noted(uri).note
+    assert first.ended == "failed"
+    assert first.failures[0]["sentence"].startswith("the weights are gone")
+    assert 0 < first.done < ROWS
+    assert first.kept + first.rejected["odd"] > 0
+    run.make(uri, origin, built)
+    last = read_noted(uri).note
+    assert (last.ended, last.done, last.total, last.unit) == ("made", ROWS, ROWS, "rows")
+    # a block that was being written when it failed may be judged twice
+    assert last.kept >= ROWS // 2
+    assert last.rejected["odd"] >= ROWS // 2
+    assert last.busy["Note"] > first.busy.get("Note", 0.0)
+
+
+def test_a_shard_that_a_kill_cut_was_not_judged(source, tmp_path):
+    whole = Path(storage.list_shards(source)[0]).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    shards = [str(tmp_path / "cut.parquet"), *storage.list_shards(source)]
+    assert PARITY.of(shards) == {None: ROWS // 2, "odd": ROWS // 2}

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import ray.train
 
@@ -248,3 +249,23 @@ def test_a_local_ray_has_no_custom_resources_and_says_so(local_ray, monkeypatch,
     with caplog.at_level("WARNING", logger="ip2p_ray"):
         run._require_held([run.Resources(), held])
     assert told in caplog.text
+
+
+@pytest.mark.ray
+def test_a_local_ray_listens_on_this_machine_only(local_ray):
+    """Whoever reaches one of its ports has it run what they like."""
+    own = psutil.Process()
+    ours = [own, *own.children(recursive=True)]
+    found = [
+        (process.name(), each.laddr)
+        for process in ours
+        for each in process.net_connections(kind="inet")
+        if each.status == psutil.CONN_LISTEN
+    ]
+    assert {name for name, _ in found} >= {"gcs_server", "raylet"}
+    reached = [
+        (name, address)
+        for name, address in found
+        if address.ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")
+    ]
+    assert not reached

@@ -1,0 +1,83 @@
+"""cluster/README.md: what it types exists, and what it names is what the manifests name."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.cluster.jobs import parsed
+from tests.cluster.manifests import CLUSTER, ROOT, TREES, of_kind, rendered
+from tests.cluster.test_manifests import SECRETS
+
+PAGE = (CLUSTER / "README.md").read_text("utf-8")
+LINES = [
+    shlex.split(line.removesuffix(" &"), comments=True)
+    for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.splitlines()
+]
+"""What an operator types, word by word."""
+CREATE = ["kubectl", "create", "secret", "generic"]
+
+
+def job_lines():
+    inline = [shlex.split(text) for text in re.findall(r"`(python jobs/[^`]+)`", PAGE)]
+    typed = [line[line.index("python") :] for line in LINES if "python" in line]
+    return [line[1:] for line in (*typed, *inline)]
+
+
+def test_every_job_that_is_typed_takes_its_flags():
+    scripts = {script for script, *_ in job_lines()}
+    assert {"jobs/quickstart.py", "jobs/status.py", "jobs/plan.py"} <= scripts
+    for script, *flags in job_lines():
+        parsed(script, flags)
+    with pytest.raises(SystemExit):
+        parsed("jobs/status.py", ["--datasets", "s3://example-bucket/run"])
+
+
+def test_the_trees_that_are_applied_exist_and_no_other_does():
+    typed = [line[line.index("-k") + 1] for line in LINES if "-k" in line]
+    named = re.findall(r"`((?:overlays|service|components|base|pods|grafana)/[\w./-]+)`", PAGE)
+    assert typed
+    assert {place.removeprefix("cluster/") for place in typed} <= set(TREES)
+    for place in (*typed, *(f"cluster/{name}" for name in named)):
+        assert (ROOT / place).exists(), place
+
+
+def test_labels_that_choose_a_job_choose_one():
+    found = [doc["metadata"]["labels"] for doc in rendered("jobs")]
+    chosen = [
+        line[line.index("-l") + 1] for line in LINES if "cluster/jobs" in line and "-l" in line
+    ]
+    assert chosen
+    for name, _, value in (each.partition("=") for each in chosen):
+        assert len([labels for labels in found if labels[name] == value]) == 1
+
+
+def test_secrets_are_made_with_the_keys_that_pods_want():
+    made = {line[4]: line[5:] for line in LINES if line[:4] == CREATE}
+    assert set(made) == set(SECRETS)
+    for name, keys in SECRETS.items():
+        for key in keys or ():
+            assert re.search(rf"--from-(literal|file)={key}=", " ".join(made[name]))
+
+
+def test_services_are_those_that_the_operator_makes():
+    (cluster,) = of_kind(rendered("overlays/gpu"), "RayCluster")
+    (service,) = rendered("service")
+    forwarded = {line[2]: line[3] for line in LINES if line[:2] == ["kubectl", "port-forward"]}
+    assert forwarded == {
+        f"service/{cluster['metadata']['name']}-head-svc": "8265",
+        f"service/{service['metadata']['name']}-serve-svc": "8000",
+    }
+
+
+def test_the_image_that_is_built_is_the_one_that_pods_run():
+    (line,) = [line for line in LINES if line[:2] == ["docker", "build"]]
+    assert line[line.index("-f") + 1] == "cluster/image/Dockerfile"
+    (cluster,) = of_kind(rendered("overlays/small"), "RayCluster")
+    (container,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert line[line.index("-t") + 1] == container["image"]
+
+
+def test_it_is_plain_that_nothing_of_it_ran():
+    assert "**Nothing here has run on a Kubernetes" in PAGE
