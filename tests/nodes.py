@@ -18,6 +18,9 @@ BOOKKEEPING = (
 )
 """What of ours and of Ray's may live beside the driver: it counts and decides, and holds no CPU."""
 
+IDLE = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""What every node has."""
+
 
 class Pools:
     """A cluster whose nodes have a custom resource each, by which work finds them."""
@@ -102,7 +105,7 @@ def titles(raylet):
         for process in psutil.Process(raylet).children(recursive=True):
             with suppress(psutil.Error):
                 title = " ".join(process.cmdline())
-                if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+                if title.startswith("ray::") and not title.startswith(IDLE):
                     found.add(title)
     return found
 

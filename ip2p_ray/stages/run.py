@@ -477,4 +477,4 @@ def nodes_for(resources: Resources) -> int:
 def beside_driver(actor: Any) -> Any:
     """The actor class, whose actors live on the driver's node: a lost one takes none of them."""
     here = ray.get_runtime_context().get_node_id()
-    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True))
+    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
