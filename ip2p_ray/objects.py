@@ -286,7 +286,7 @@ def is_refusal(error: OSError) -> bool:
     return "AWS Error" in str(error)
 
 
-def opened(uri: str) -> pyarrow.NativeFile:
+def opened(uri: str) -> BinaryIO:
     """The object as a file that Arrow reads by parts.
 
     Raises:
@@ -295,13 +295,61 @@ def opened(uri: str) -> pyarrow.NativeFile:
     """
     system, path = filesystem(uri)
     try:
-        return system.open_input_file(path)
+        stream: Any = _Stream(system.open_input_file(path))
     except OSError as error:
         # Arrow's text names no reason that could be told apart; boto3 meets the same one.
         bucket, key = split(uri)
         with _told(uri):
             _s3().get_object(Bucket=bucket, Key=key)["Body"].close()
         raise StorageError(f"{uri} cannot be read: {error}") from error
+    return stream
+
+
+class _Stream(io.RawIOBase):
+    """Arrow's file, a part of which is asked for again where Arrow gives up.
+
+    It does at once where a refusal has a longer text than the part that was asked for.
+    """
+
+    def __init__(self, file: pyarrow.NativeFile) -> None:
+        self._file, self._size, self._at = file, int(file.size()), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        data = self._part(left if size is None or size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _part(self, size: int) -> bytes:
+        for attempt in range(ATTEMPTS):
+            try:
+                return bytes(self._file.read_at(size, self._at)) if size else b""
+            except OSError as error:
+                if not is_refusal(error) or attempt + 1 == ATTEMPTS:
+                    raise
+                time.sleep(min(0.05 * 2**attempt, 5.0))
+        raise AssertionError("the last attempt returns or raises")
 
 
 def filesystem(uri: str) -> tuple[pyarrow.fs.S3FileSystem, str]:

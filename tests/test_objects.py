@@ -157,6 +157,22 @@ def test_faults_on_the_way_are_met_by_another_attempt(faulty, bucket):
     assert min(faulty.counts[kind] for kind in ("slow_down", "hang_up", "cut")) > 0
 
 
+def test_a_small_part_that_was_refused_is_asked_for_again(bucket, bucket_endpoint, monkeypatch):
+    data = os.urandom(100)
+    objects.write(f"{bucket}/a", data)
+    faults = WayFaults(slow_down=0.3, cut=0.2, methods=("GET",))
+    with FaultyWay(bucket_endpoint, faults) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        with objects.ObjectFile(f"{bucket}/a").open() as stream:
+            assert stream.seek(-10, os.SEEK_END) == 90
+            assert stream.read() == data[-10:]
+            assert stream.read(1) == b""
+            for start in range(0, 100, 8):
+                stream.seek(start)
+                assert stream.read(8) == data[start : start + 8]
+    assert min(way.counts["slow_down"], way.counts["cut"]) > 0
+
+
 def test_a_dataset_lies_in_a_bucket_as_it_does_in_a_folder(bucket):
     uri = f"{bucket}/run/captions"
     storage.write_shard(uri, "captions-00001", TABLE.slice(3))

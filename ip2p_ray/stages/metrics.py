@@ -96,8 +96,9 @@ def progressed(note: Note | None) -> None:
         return
     tags = {"dataset": logs.names().get("dataset", "")}
     _share().set(note.done / note.total, tags=tags)
-    if note.rate:
-        _left().set((note.total - note.done) / note.rate, tags=tags)
+    left = note.total - note.done
+    if note.rate or not left:
+        _left().set(left / note.rate if left and note.rate else 0.0, tags=tags)
 
 
 def judged(dataset: str, verdicts: Mapping[str | None, int] | Mapping[str, int]) -> None:

