@@ -14,7 +14,7 @@ BOOKKEEPING = (
     *("Tally", "Board", "TrainController", "SynchronizationActor", "PlacementGroupCleaner"),
     *("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"),
     *("_StatsSummaryActor", "_UsageCollectionActor", "_clean_pending_checkpoints_task"),
-    *("_get_arrow_schema_from_block", "PreemptionWatcher", "TrainStateActor"),
+    *("_get_arrow_schema_from_block", "PreemptionWatcher", "TrainStateActor", "DatasetManager"),
 )
 """What of ours and of Ray's may live beside the driver: it counts and decides, and holds no CPU."""
 
