@@ -34,8 +34,13 @@ exec(compile(ast.fix_missing_locations(tree), path, "exec"))
 
 def lines(job):
     """Each `ray job submit` of a job's docstring, as a shell splits it."""
-    told = ast.get_docstring(ast.parse((ROOT / "jobs" / f"{job}.py").read_text())) or ""
-    joined = re.sub(r"\\\n\s*", " ", told)
+    return submissions(
+        ast.get_docstring(ast.parse((ROOT / "jobs" / f"{job}.py").read_text())) or ""
+    )
+
+
+def submissions(text):
+    joined = re.sub(r"\\\n\s*", " ", text)
     return [
         shlex.split(line)
         for line in joined.splitlines()
@@ -62,6 +67,13 @@ def test_every_job_has_the_line_that_submits_it_and_its_flags_are_known(job, tmp
                 Path(word).mkdir(parents=True, exist_ok=True)
         done = parses(job, arguments)
         assert done.returncode == PARSED, done.stderr
+
+
+@pytest.mark.parametrize("line", submissions((ROOT / "README.md").read_text()), ids=" ".join)
+def test_what_readme_submits_is_understood(line):
+    _, job, *arguments = line[line.index("--") + 1 :]
+    done = parses(Path(job).stem, arguments)
+    assert done.returncode == PARSED, done.stderr
 
 
 def test_a_flag_that_does_not_exist_is_noticed():
