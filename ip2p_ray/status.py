@@ -185,7 +185,7 @@ def _below(uri: str) -> list[str]:
 
 
 def _state(note: Note | None, now: float) -> State:
-    if note is None:
+    if note is None or note.ended == "made":  # an earlier version said so before its manifest
         return "begun"
     if note.ended in ("failed", "stopped"):
         return "failed" if note.ended == "failed" else "stopped"
@@ -274,7 +274,7 @@ def _headline(status: Status, now: float) -> str:
         "silent": f"no sign of life since {since} ({ago}): killed, or cut off from the storage",
         "failed": f"failed {ago} ago",
         "stopped": f"stopped {ago} ago",
-        "begun": "begun, not whole; an earlier version made it, which noted no more",
+        "begun": "begun, not whole; no more is noted",
     }[status.state]
     if status.done is not None and status.total is not None:
         share = 100 * status.done / status.total if status.total else 100.0

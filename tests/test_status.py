@@ -106,6 +106,7 @@ def test_time_left_is_by_the_rate_of_late(tmp_path):
         ("failed", "failed", "failed 2.0 min ago"),
         ("stopped", "stopped", "stopped 2.0 min ago"),
         ("", "silent", "no sign of life since"),
+        ("made", "begun", "begun, not whole"),
     ],
 )
 def test_how_an_attempt_ended_is_told(tmp_path, ended, state, words):
