@@ -156,6 +156,14 @@ def test_where_there_is_none_it_is_said(tmp_path, name):
         status.statuses(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_hidden_folders_are_no_part_of_a_run(tmp_path, bucket, place):
+    uri = str(tmp_path) if place == "folder" else f"{bucket}/run"
+    for name in ("captions", ".hidden/pairs", "rejects/.hidden"):
+        run.make(f"{uri}/{name}", run.Origin(dataset=name, config={}), list)
+    assert [each.dataset for each in status.statuses(uri)] == ["captions"]
+
+
 def test_a_bucket_is_told_as_a_folder(bucket):
     run.make(f"{bucket}/run/captions", run.Origin(dataset="captions", config={}), list)
 
