@@ -205,6 +205,17 @@ def listing(uri: str) -> Iterator[Found]:
                     yield Found(name, int(item["Size"]), str(item["ETag"]))
 
 
+def folders(uri: str) -> Iterator[str]:
+    """The first parts of names below a URI that have more; what lies deeper is not listed."""
+    bucket, key = split(uri)
+    prefix = f"{key}/" if key else ""
+    with _told(uri):
+        pages = _s3().get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
+            for item in page.get("CommonPrefixes", ()):
+                yield item["Prefix"].removeprefix(prefix).rstrip("/")
+
+
 def abort_uploads(uri: str) -> int:
     """How many uploads by parts below a URI were begun and not ended; from here on there are none.
 

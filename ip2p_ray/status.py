@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, Literal
 
-from ip2p_ray import objects, storage
+from ip2p_ray import storage
 from ip2p_ray.errors import DatasetError
 from ip2p_ray.notes import NOTE_EVERY_S, ORIGIN, Note, noted_in, read_origin
 from ip2p_ray.report import duration, size
@@ -93,7 +91,7 @@ def statuses(uri: str, now: float | None = None) -> list[Status]:
     found = status_of(uri, now)
     if found is not None:
         return [found]
-    below = [status for name in _below(uri) if (status := status_of(name, now)) is not None]
+    below = _below(uri, now)
     if not below:
         what = "there is no dataset in" if storage.any_there(uri) else "there is no"
         raise DatasetError(f"{what} {uri}; give the folder of a dataset, or that of a run")
@@ -163,29 +161,21 @@ def _details(status: Status, now: float) -> list[str]:
     return told
 
 
-def _below(uri: str) -> list[str]:
-    """URIs of the datasets below a folder; a dataset's own parts are passed over."""
-    names = (storage.MANIFEST, ORIGIN)
-    if not storage.is_local(uri):
-        keys = (found.name.split("/") for found in objects.listing(uri))
-        folders = {tuple(key[:-1]) for key in keys if key[-1] in names}
-    else:
-        folders, root = set(), storage.local_path(uri)
-        for place, inside, files in os.walk(root):
-            parts = Path(place).relative_to(root).parts
-            if set(names) & set(files):
-                folders.add(parts)
-            is_leaf = len(parts) == _DEPTH or bool(set(names) & set(files))
-            inside[:] = [] if is_leaf else [name for name in inside if not name.startswith(".")]
-    return [
-        storage.join(uri, *parts)
-        for parts in sorted(folders)
-        if len(parts) <= _DEPTH and not any(parts[:n] in folders for n in range(len(parts)))
-    ]
+def _below(uri: str, now: float, depth: int = 1) -> list[Status]:
+    """Of the datasets in a folder and its folders; a dataset's own parts are passed over."""
+    found = []
+    for name in storage.folders(uri):
+        place = storage.join(uri, name)
+        status = status_of(place, now)
+        if status is not None:
+            found.append(status)
+        elif depth < _DEPTH:
+            found += _below(place, now, depth + 1)
+    return found
 
 
 def _state(note: Note | None, now: float) -> State:
-    if note is None:
+    if note is None or note.ended == "made":  # an earlier version said so before its manifest
         return "begun"
     if note.ended in ("failed", "stopped"):
         return "failed" if note.ended == "failed" else "stopped"
@@ -240,7 +230,7 @@ def _of_training(uri: str, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps(uri: str) -> list[int]:
-    steps = (name.removeprefix(_STEP) for name in storage.names(uri) if name.startswith(_STEP))
+    steps = (name.removeprefix(_STEP) for name in storage.folders(uri) if name.startswith(_STEP))
     return [int(step) for step in steps if step.isdecimal()]
 
 
@@ -274,7 +264,7 @@ def _headline(status: Status, now: float) -> str:
         "silent": f"no sign of life since {since} ({ago}): killed, or cut off from the storage",
         "failed": f"failed {ago} ago",
         "stopped": f"stopped {ago} ago",
-        "begun": "begun, not whole; an earlier version made it, which noted no more",
+        "begun": "begun, not whole; no more is noted",
     }[status.state]
     if status.done is not None and status.total is not None:
         share = 100 * status.done / status.total if status.total else 100.0

@@ -410,6 +410,15 @@ def names(uri: str | Path) -> Iterator[str]:
         yield from sorted(path.name for path in local_path(uri).iterdir())
 
 
+def folders(uri: str | Path) -> list[str]:
+    """Names of the folders in a folder, in their order, but for hidden ones."""
+    if objects.is_object(uri):
+        inside = list(objects.folders(str(uri)))
+    else:
+        _, inside, _ = next(os.walk(local_path(uri)), ("", [], []))
+    return sorted(name for name in inside if name and not name.startswith("."))
+
+
 def _shard_sizes(uri: str | Path) -> dict[str, int]:
     """The bytes of each shard, by its path below the URI."""
     if objects.is_object(uri):

@@ -5,9 +5,9 @@
     ray job submit --working-dir . -- python jobs/status.py --dataset /shared/run
 
 Only storage is asked, no Ray: state, progress, survival by reason, failures, time used and left, as
-far as the job noted them, which it does every ten seconds. Of a run in a bucket every key is
-listed; of a dataset none but its own. `ray job submit` is for where only the cluster reaches the
-storage. With --json one object is printed: {"datasets": [...]}. The status is 0
+far as the job noted them, which it does every ten seconds. Of a run its folders are listed and
+those in them, not the shards. `ray job submit` is for where only the cluster reaches the storage.
+With --json one object is printed: {"datasets": [...]}. The status is 0
 when something was found, 1 for a failure and 2 for a wrong flag.
 """
 

@@ -106,6 +106,7 @@ def test_time_left_is_by_the_rate_of_late(tmp_path):
         ("failed", "failed", "failed 2.0 min ago"),
         ("stopped", "stopped", "stopped 2.0 min ago"),
         ("", "silent", "no sign of life since"),
+        ("made", "begun", "begun, not whole"),
     ],
 )
 def test_how_an_attempt_ended_is_told(tmp_path, ended, state, words):
@@ -153,6 +154,14 @@ def test_training_is_told_by_its_metrics_and_checkpoints(tmp_path):
 def test_where_there_is_none_it_is_said(tmp_path, name):
     with pytest.raises(DatasetError, match="there is no"):
         status.statuses(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_hidden_folders_are_no_part_of_a_run(tmp_path, bucket, place):
+    uri = str(tmp_path) if place == "folder" else f"{bucket}/run"
+    for name in ("captions", ".hidden/pairs", "rejects/.hidden"):
+        run.make(f"{uri}/{name}", run.Origin(dataset=name, config={}), list)
+    assert [each.dataset for each in status.statuses(uri)] == ["captions"]
 
 
 def test_a_bucket_is_told_as_a_folder(bucket):

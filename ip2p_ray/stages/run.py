@@ -302,19 +302,16 @@ def _make(
     content = {**vars(origin), "digest": origin.digest}
     with attempts.attempt(uri, content, note_every_s, sentence) as seconds:
         reports = build()
-        wall_seconds = seconds()
-    manifest = storage.write_manifest(
-        uri,
-        storage.Manifest(
+        made = storage.Manifest(
             dataset=origin.dataset,
             config=origin.config,
             recipe=origin.digest,
             models=origin.models,
             reports=[report.as_dict() for report in reports],
-            wall_seconds=wall_seconds,
+            wall_seconds=seconds(),
             device_seconds=device_seconds() if device_seconds else 0.0,
-        ),
-    )
+        )
+        manifest = storage.write_manifest(uri, made)  # of many shards it takes minutes
     storage.remove_all(resume_folder(uri))
     for report in reports:
         logger.info("%s", report.line())

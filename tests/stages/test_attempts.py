@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from ip2p_ray import notes
-from ip2p_ray.errors import ModelError, StageError
+from ip2p_ray.errors import DatasetError, ModelError, StageError
 from ip2p_ray.stages import attempts, run
 from ip2p_ray.stages.progress import Progress
 
@@ -52,6 +52,18 @@ def test_a_submitted_job_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(told))
     run.make(str(tmp_path / "d"), CANDIDATES, list)
     assert noted(tmp_path / "d").job == "raysubmit_1"
+
+
+def test_it_is_made_once_its_manifest_is_there(tmp_path):
+    def cut():
+        (tmp_path / "d" / "rows-0.parquet").write_bytes(b"PAR1")
+        return []
+
+    with pytest.raises(DatasetError, match="no whole Parquet file"):
+        run.make(str(tmp_path / "d"), CANDIDATES, cut)
+    note = noted(tmp_path / "d")
+    assert note.ended == "failed"
+    assert "rows-0.parquet is no whole" in note.failures[0]["sentence"]
 
 
 def test_ctrl_c_is_no_failure(tmp_path):
