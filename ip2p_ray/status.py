@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ip2p_ray import storage
 from ip2p_ray.errors import DatasetError
-from ip2p_ray.notes import NOTE_EVERY_S, ORIGIN, Note, noted_in, read_origin
+from ip2p_ray.notes import NOTE_EVERY_S, Note, noted_in, read_origin
 from ip2p_ray.report import duration, size
 
 SILENT_S = 3 * NOTE_EVERY_S

@@ -83,6 +83,10 @@ def write_parts(folder: Path, parts: Mapping[str, Any], *, pipeline: str) -> Non
     with atomic_folder(folder) as new:
         for name in ("unet", "vae", "text_encoder", "tokenizer"):
             parts[name].save_pretrained(new / name)
+            for path in (new / name).glob("config.json"):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                content.pop("_name_or_path", None)  # where this machine read it from
+                _write_json(path, content)
         (new / "scheduler").mkdir()
         _write_json(new / "scheduler" / "scheduler_config.json", parts["scheduler"])
         _write_json(new / "model_index.json", _model_index(parts, pipeline))
