@@ -42,7 +42,7 @@ def expressions(name):
     for panel in board(name)["panels"]:
         for target in panel["targets"]:
             asked = target["expr"].replace("$__rate_interval", "10m").replace("$__range", "1h")
-            yield panel["title"], asked.replace("$dataset", ".*")
+            yield panel["title"], asked.replace("$dataset", ".*").replace("$cluster", ".*")
 
 
 def test_the_dashboard_shows_every_metric_and_no_other():
@@ -60,6 +60,18 @@ def test_panels_have_places_of_their_own(name):
     assert len(set(places)) == len(places)
     assert ids == sorted(set(ids))
     assert all(panel["title"] and panel["description"] for panel in board(name)["panels"])
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_every_selector_is_of_the_clusters_that_were_chosen(name):
+    (variable,) = [each for each in board(name)["templating"]["list"] if each["name"] == "cluster"]
+    assert variable["allValue"] == ".*", "matches where nothing sets the label, too"
+    asked = [target["expr"] for panel in board(name)["panels"] for target in panel["targets"]]
+    for expression in asked:
+        metrics = re.findall(r"\bray_(?!io_cluster)[a-z0-9_]+", expression)
+        chosen = re.findall(r'\bray_[a-z0-9_]+\{ray_io_cluster=~"\$cluster"[,}]', expression)
+        assert metrics, expression
+        assert len(chosen) == len(metrics), expression
 
 
 class Prometheus:
