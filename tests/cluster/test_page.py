@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -32,6 +34,15 @@ def test_every_job_that_is_typed_takes_its_flags():
         parsed(script, flags)
     with pytest.raises(SystemExit):
         parsed("jobs/status.py", ["--datasets", "s3://example-bucket/run"])
+
+
+def test_every_plan_that_is_typed_is_made():
+    plans = [line for line in job_lines() if line[0] == "jobs/plan.py"]
+    assert plans
+    for line in plans:
+        done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "cost, USD" in done.stdout
 
 
 def test_the_trees_that_are_applied_exist_and_no_other_does():
