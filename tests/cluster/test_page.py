@@ -12,6 +12,7 @@ from tests.cluster.manifests import CLUSTER, ROOT, TREES, of_kind, rendered
 from tests.cluster.test_manifests import SECRETS
 
 PAGE = (CLUSTER / "README.md").read_text("utf-8")
+SCALE = (CLUSTER / "SCALE.md").read_text("utf-8")
 LINES = [
     shlex.split(line.removesuffix(" &"), comments=True)
     for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
@@ -43,6 +44,14 @@ def test_every_plan_that_is_typed_is_made():
         done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "cost, USD" in done.stdout
+
+
+def test_the_objects_of_the_largest_run_are_those_of_its_plan():
+    (typed,) = re.findall(r"^    python (jobs/plan\.py (?:.*\\\n)*.*)$", SCALE, re.MULTILINE)
+    line = shlex.split(typed.replace("--captions 450000", "--captions 10000000"))
+    done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True)
+    (row,) = [row.split() for row in done.stdout.splitlines() if row.startswith("all that stays")]
+    assert f"all {row[-1]} objects of a run" in SCALE
 
 
 def test_the_trees_that_are_applied_exist_and_no_other_does():
