@@ -91,12 +91,34 @@ def test_services_are_those_that_the_operator_makes():
     }
 
 
+def test_redis_is_deleted_after_the_clusters_that_it_holds_tables_of():
+    (service,) = rendered("service")
+    (cluster,) = of_kind(rendered("overlays/gpu"), "RayCluster")
+    made_by = f"ray.io/originated-from-cr-name={service['metadata']['name']}"
+    line = ["kubectl", "wait", "--for=delete", "raycluster", "-l", made_by, "--timeout=10m"]
+    places = [each[each.index("-k") + 1] if "-k" in each else "" for each in LINES]
+    last = len(LINES) - 1 - places[::-1].index("cluster/overlays/gpu")
+    assert LINES[last][1] == "delete"
+    assert LINES.index(line) < last
+    assert ["kubectl", "delete", "raycluster", cluster["metadata"]["name"]] in [
+        each[:4] for each in LINES[:last]
+    ]
+
+
 def test_the_image_that_is_built_is_the_one_that_pods_run():
     (line,) = [line for line in LINES if line[:2] == ["docker", "build"]]
     assert line[line.index("-f") + 1] == "cluster/image/Dockerfile"
     (cluster,) = of_kind(rendered("overlays/small"), "RayCluster")
     (container,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
     assert line[line.index("-t") + 1] == container["image"]
+
+
+def test_the_driver_is_that_of_the_cuda_that_is_pinned():
+    pins = (ROOT / "constraints.txt").read_text("utf-8")
+    (major,) = re.findall(r"^cuda-toolkit==(\d+)\.", pins, re.MULTILINE)
+    # the oldest driver by NVIDIA's table of compatibility
+    oldest = {"12": "525", "13": "580"}[major]
+    assert f"built for CUDA {major}: nodes with GPUs want NVIDIA's driver {oldest} or newer" in PAGE
 
 
 def test_it_is_plain_that_nothing_of_it_ran():
