@@ -161,7 +161,7 @@ def _prices(path: Path) -> Any:
 
     try:
         return Prices(**tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, TypeError, UnicodeDecodeError) as error:
+    except (TypeError, ValueError) as error:  # TOML, its encoding, and what prices may be
         raise ConfigError(f"--prices {path} holds no prices: {error}") from error
 
 

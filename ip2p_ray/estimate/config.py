@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -13,7 +14,13 @@ STAGES = ("captions", "triplets", "pairs", "latents", "training", "evaluation")
 
 def _require(holds: bool, rule: str, value: object) -> None:
     if not holds:
-        raise ConfigError(f"{rule}, got {value}")
+        raise ConfigError(f"{rule}, got {value!r}")
+
+
+def _require_amount(name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    holds = number and 0 <= value < math.inf  # type: ignore[operator]
+    _require(holds, f"{name} is a finite number of at least 0", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +67,8 @@ class Workload:
         _require(0 <= self.held_out < 1, "held_out lies in [0, 1)", self.held_out)
         both = (self.prompt_tokens is None) == (self.reply_tokens is None)
         _require(both, "prompt_tokens and reply_tokens go together", self.prompt_tokens)
+        for name in ("prompt_tokens", "reply_tokens"):
+            _require_amount(name, getattr(self, name) or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,7 @@ class Speed:
     """Where that is from: "measured ..." or "reckoned ..."."""
 
     def __post_init__(self) -> None:
-        _require(self.seconds >= 0, "seconds is not negative", self.seconds)
+        _require_amount("seconds", self.seconds)
 
 
 EXPLODED = Speed(
@@ -111,7 +120,8 @@ class Speeds:
     def __post_init__(self) -> None:
         unknown = set(self.fixed) - set(STAGES)
         _require(not unknown, f"fixed has stages of {', '.join(STAGES)}", sorted(unknown))
-        _require(min([*self.fixed.values(), self.start]) >= 0, "no time is negative", self.fixed)
+        for name, seconds in {**self.fixed, "start": self.start}.items():
+            _require_amount(f"the time of {name}", seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +147,8 @@ class Sizes:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, float | int):
-                _require(value >= 0, f"{each.name} is not negative", value)
+            if each.name != "source":
+                _require_amount(each.name, getattr(self, each.name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +178,10 @@ class Prices:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, float | int):
-                _require(value >= 0, f"{each.name} is not negative", value)
+            if each.name in ("currency", "as_of"):
+                _require(isinstance(value, str), f"{each.name} is text", value)
+            else:
+                _require_amount(each.name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +212,7 @@ class Cluster:
             _require(getattr(self, name) >= 1, f"{name} is at least 1", getattr(self, name))
         _require(self.judges is None or self.judges >= 1, "judges is at least 1", self.judges)
         rate = self.requests_per_minute
-        _require(rate is None or rate > 0, "requests_per_minute is positive", rate)
+        _require(rate is None or 0 < rate < math.inf, "requests_per_minute is positive", rate)
         efficient = 0 < self.training_efficiency <= 1
         _require(efficient, "training_efficiency lies in (0, 1]", self.training_efficiency)
 

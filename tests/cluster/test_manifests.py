@@ -272,7 +272,7 @@ def test_no_secret_and_no_place_of_ours_stands_in_a_manifest(tree):
                     assert "valueFrom" in variable or value.startswith("/etc/"), variable["name"]
             if "image" in container:
                 assert re.fullmatch(
-                    r"(registry\.example\.com/ip2p-ray:\d+\.\d+\.\d+|redis:[\w.-]+)",
+                    r"(registry\.example\.com/ip2p-ray:\d+\.\d+\.\d+|redis:[\w.-]+(@sha256:[0-9a-f]{64})?)",
                     container["image"],
                 )
     text = yaml.safe_dump_all(docs)

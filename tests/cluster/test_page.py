@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +12,7 @@ from tests.cluster.manifests import CLUSTER, ROOT, TREES, of_kind, rendered
 from tests.cluster.test_manifests import SECRETS
 
 PAGE = (CLUSTER / "README.md").read_text("utf-8")
+SCALE = (CLUSTER / "SCALE.md").read_text("utf-8")
 LINES = [
     shlex.split(line.removesuffix(" &"), comments=True)
     for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
@@ -32,6 +35,23 @@ def test_every_job_that_is_typed_takes_its_flags():
         parsed(script, flags)
     with pytest.raises(SystemExit):
         parsed("jobs/status.py", ["--datasets", "s3://example-bucket/run"])
+
+
+def test_every_plan_that_is_typed_is_made():
+    plans = [line for line in job_lines() if line[0] == "jobs/plan.py"]
+    assert plans
+    for line in plans:
+        done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "cost, USD" in done.stdout
+
+
+def test_the_objects_of_the_largest_run_are_those_of_its_plan():
+    (typed,) = re.findall(r"^    python (jobs/plan\.py (?:.*\\\n)*.*)$", SCALE, re.MULTILINE)
+    line = shlex.split(typed.replace("--captions 450000", "--captions 10000000"))
+    done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True)
+    (row,) = [row.split() for row in done.stdout.splitlines() if row.startswith("all that stays")]
+    assert f"all {row[-1]} objects of a run" in SCALE
 
 
 def test_the_trees_that_are_applied_exist_and_no_other_does():
@@ -71,12 +91,34 @@ def test_services_are_those_that_the_operator_makes():
     }
 
 
+def test_redis_is_deleted_after_the_clusters_that_it_holds_tables_of():
+    (service,) = rendered("service")
+    (cluster,) = of_kind(rendered("overlays/gpu"), "RayCluster")
+    made_by = f"ray.io/originated-from-cr-name={service['metadata']['name']}"
+    line = ["kubectl", "wait", "--for=delete", "raycluster", "-l", made_by, "--timeout=10m"]
+    places = [each[each.index("-k") + 1] if "-k" in each else "" for each in LINES]
+    last = len(LINES) - 1 - places[::-1].index("cluster/overlays/gpu")
+    assert LINES[last][1] == "delete"
+    assert LINES.index(line) < last
+    assert ["kubectl", "delete", "raycluster", cluster["metadata"]["name"]] in [
+        each[:4] for each in LINES[:last]
+    ]
+
+
 def test_the_image_that_is_built_is_the_one_that_pods_run():
     (line,) = [line for line in LINES if line[:2] == ["docker", "build"]]
     assert line[line.index("-f") + 1] == "cluster/image/Dockerfile"
     (cluster,) = of_kind(rendered("overlays/small"), "RayCluster")
     (container,) = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
     assert line[line.index("-t") + 1] == container["image"]
+
+
+def test_the_driver_is_that_of_the_cuda_that_is_pinned():
+    pins = (ROOT / "constraints.txt").read_text("utf-8")
+    (major,) = re.findall(r"^cuda-toolkit==(\d+)\.", pins, re.MULTILINE)
+    # the oldest driver by NVIDIA's table of compatibility
+    oldest = {"12": "525", "13": "580"}[major]
+    assert f"built for CUDA {major}: nodes with GPUs want NVIDIA's driver {oldest} or newer" in PAGE
 
 
 def test_it_is_plain_that_nothing_of_it_ran():

@@ -1,8 +1,12 @@
 """What chooses pods by their labels finds those that it is meant for, and their ports."""
 
 import json
+import re
 
-from tests.cluster.manifests import of_kind, pods, ray_cluster, rendered
+import kubernetes_validate
+import yaml
+
+from tests.cluster.manifests import CLUSTER, of_kind, pods, ray_cluster, rendered
 
 
 def all_pods():
@@ -97,3 +101,16 @@ def test_every_ray_pod_is_behind_a_network_policy():
     for pod in all_pods():
         if "submitter" not in pod.where:
             assert any(chosen(each["spec"]["podSelector"], [pod]) for each in policies), pod.where
+
+
+def test_rules_that_stand_as_comments_are_rules():
+    text = (CLUSTER / "base" / "network.yaml").read_text("utf-8")
+    freed = re.sub(r"^    # (?=- to:| )", "    ", text, flags=re.MULTILINE)
+    policy, written = next(yaml.safe_load_all(freed)), next(yaml.safe_load_all(text))
+    kubernetes_validate.validate(policy, "1.37", strict=True)
+    before = written["spec"]["egress"]
+    assert policy["spec"]["egress"][: len(before)] == before
+    identity, model = policy["spec"]["egress"][len(before) :]
+    assert identity["to"] == [{"ipBlock": {"cidr": "169.254.170.23/32"}}]
+    assert identity["ports"] == [{"port": 80}]
+    assert model["ports"] == [{"port": 8000}]

@@ -12,6 +12,13 @@ FLAGS = (
     *("captions", "candidates", "steps", "acceptance", "hopeless", "keep", "train-steps"),
     *("batch-size", "answers", "answer-steps", "prompt-tokens", "reply-tokens", "json"),
 )
+QUOTED = """
+device_hour = "2"
+storage_gb_month = 0
+put_1000 = 0
+get_1000 = 0
+transfer_gb = 0
+"""
 
 
 def test_the_flags_are_those_that_were_promised():
@@ -70,10 +77,14 @@ def test_a_prediction_beside_what_was(tmp_path):
     ]
 
 
-def test_broken_prices_end_in_a_sentence(tmp_path):
-    (tmp_path / "prices.toml").write_text("device_hour = 2\nfuel = 3\n")
+@pytest.mark.parametrize(
+    ("text", "named"), [("device_hour = 2\nfuel = 3\n", "fuel"), (QUOTED, "got '2'")]
+)
+def test_broken_prices_end_in_a_sentence(tmp_path, text, named):
+    (tmp_path / "prices.toml").write_text(text)
     flags = ("--device", "h100", "--captions", 5, "--prompt-tokens", 9, "--reply-tokens", 9)
     ended = JOB.run(*flags, "--prices", tmp_path / "prices.toml")
     assert ended.returncode == 2
     assert "holds no prices" in ended.stderr
-    assert "fuel" in ended.stderr
+    assert named in ended.stderr
+    assert "Traceback" not in ended.stderr
