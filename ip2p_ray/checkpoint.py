@@ -32,6 +32,8 @@ EDITOR_DEFAULTS = "editor_defaults.json"
 CARD = "README.md"
 CHECKSUMS, FACTS = "checksums.json", "state.json"
 PARTS = ("unet", "ema", "optimizer")
+FILES = (*(f"{part}.safetensors" for part in PARTS), FACTS)
+"""What a checkpoint has beside CHECKSUMS."""
 
 
 def save_checkpoint(folder: str | Path, state: TrainState, *, keep: int | None = 2) -> Path:
@@ -100,10 +102,9 @@ def write_checkpoint(folder: str | Path, state: TrainState) -> None:
         rows = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(rows, root / f"{part}.safetensors")
     _write_json(root / FACTS, state.facts())
-    names = [f"{part}.safetensors" for part in PARTS] + [FACTS]
-    for name in names:
+    for name in FILES:
         sync(root / name)
-    sums = {name: _checksum(root / name) for name in names}
+    sums = {name: _checksum(root / name) for name in FILES}
     _write_json(root / CHECKSUMS, sums)
     sync(root / CHECKSUMS)
     sync(root)
@@ -119,7 +120,7 @@ def load_checkpoint(folder: str | Path, state: TrainState) -> None:
     """
     root = Path(folder)
     sums = _read_json(root, CHECKSUMS)
-    for name in [f"{part}.safetensors" for part in PARTS] + [FACTS]:
+    for name in FILES:
         if name not in sums or not (root / name).is_file():
             raise ModelError(f"checkpoint {root} has no {name}: it is not whole, use another")
         if _checksum(root / name) != sums[name]:

@@ -8,14 +8,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ip2p_ray import objects
 from ip2p_ray.atomic import atomic_file, atomic_folder, one_at_a_time, remove_folder
-from ip2p_ray.checkpoint import CHECKSUMS, FACTS, is_sound, latest_checkpoint
-from ip2p_ray.errors import ConfigError
+from ip2p_ray.checkpoint import CHECKSUMS, FACTS, FILES, is_sound, latest_checkpoint
+from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.storage import join
+
+logger = logging.getLogger(__name__)
 
 
 def upload_checkpoint(folder: Path, uri: str, *, keep: int | None) -> None:
@@ -62,60 +66,95 @@ def newest(uri: str) -> str | None:
 
 
 def fetch_newest(uri: str, folder: Path, *, beside: str, recipe: str) -> Path | None:
-    """The newest checkpoint of the URI, in `folder`, if it has none that is as new; else None.
+    """The newest sound checkpoint of the URI, in `folder`; None if it has one that is as new.
 
-    The file `beside` comes before it. `recipe` is what the run is made by.
+    The file `beside` comes before it. `recipe` is what the run is made by. Broken ones that are
+    newer are none from then on: their CHECKSUMS are deleted.
 
     Raises:
         ConfigError: the checkpoints there are of a run that was made otherwise.
         StorageError: object storage refuses, or cannot be reached.
-        DatasetError: a part of it is gone; named.
+        DatasetError: all are broken, and none is here; says what is wrong with the newest.
     """
-    found = _newest_of(uri, recipe)
     here = latest_checkpoint(folder)
-    if found is None or (here is not None and here.name >= found):
-        return None
-    _fetch_file(uri, folder, beside)
-    return _fetch(uri, found, folder)
+
+    def take(name: str) -> Path:
+        if here is not None and here.name >= name:
+            return here
+        _fetch_file(uri, folder, beside)
+        return _fetch(uri, name, folder)
+
+    taken = _newest_sound(uri, recipe, take, otherwise=here)
+    return None if taken == here else taken
 
 
 def fetch_alone(uri: str, folder: Path, *, beside: str | None, recipe: str) -> Path | None:
-    """The newest checkpoint of the URI as the only one in `folder`; None if the URI has none.
+    """The newest sound checkpoint of the URI as the only one in `folder`; None if it has none.
 
     What the bucket lacks, or has otherwise, does not count and is removed. The file `beside` is
-    the bucket's too. Several processes may do this with one folder.
+    the bucket's too. Several processes may do this with one folder. Broken ones as `fetch_newest`.
 
     Raises:
         As `fetch_newest`.
     """
-    found = _newest_of(uri, recipe)
+
+    def take(name: str) -> Path:
+        if _is_copy(folder / name, join(uri, name)):
+            return folder / name
+        return _fetch(uri, name, folder)
+
     with one_at_a_time(folder.with_name(f"{folder.name}.lock")):
         folder.mkdir(exist_ok=True)
-        for there in sorted(folder.glob("step-*")):
-            if there.name != found or not _is_copy(there, join(uri, found)):
-                remove_folder(there)
         if beside is not None:
             _fetch_file(uri, folder, beside)
-        if found is None:
-            return None
-        return folder / found if (folder / found).exists() else _fetch(uri, found, folder)
+        found = _newest_sound(uri, recipe, take)
+        for there in sorted(folder.glob("step-*")):
+            if there != found:
+                remove_folder(there)
+        return found
 
 
-def _newest_of(uri: str, recipe: str) -> str | None:
-    """As `newest`, of a run that was made by the recipe."""
-    found = newest(uri)
-    if found is not None:
-        facts = json.loads(objects.read(join(uri, found, FACTS)))
-        if facts["run"].get("recipe") != recipe:
-            raise ConfigError(
-                f"{uri} holds checkpoints of a run that was made differently, or of other data: "
-                "give another --mirror, or --out"
-            )
-    return found
+def _newest_sound(
+    uri: str, recipe: str, take: Callable[[str], Path], *, otherwise: Path | None = None
+) -> Path | None:
+    """What `take` makes of the newest checkpoint that it raises no DatasetError of.
+
+    Newer ones are none from then on. Where there is no such checkpoint it is `otherwise`.
+    """
+    broken: dict[str, DatasetError] = {}
+    taken = None
+    for name in reversed(_whole(uri)):
+        try:
+            _require_recipe(uri, name, recipe)
+            taken = take(name)
+            break
+        except DatasetError as error:
+            broken[name] = error
+    if broken and taken is None and otherwise is None:
+        reason = next(iter(broken.values()))
+        raise DatasetError(
+            f"every checkpoint in {uri} is broken ({reason}); delete them to train again"
+        ) from reason
+    for name, reason in broken.items():
+        logger.warning("%s; goes on at the one before", reason)
+        objects.remove([join(uri, name, CHECKSUMS)])
+    return taken or otherwise
+
+
+def _require_recipe(uri: str, name: str, recipe: str) -> None:
+    try:
+        found = json.loads(objects.read(join(uri, name, FACTS)))["run"].get("recipe")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{join(uri, name, FACTS)} cannot be read: {error}") from error
+    if found != recipe:
+        raise ConfigError(
+            f"{uri} holds checkpoints of a run that was made differently, or of other data: "
+            "give another --mirror, or --out"
+        )
 
 
 def _is_copy(folder: Path, uri: str) -> bool:
-    """Whether the checkpoint is that of the URI, and no disk has lost some of it."""
+    """Whether the checkpoint is there and that of the URI, and no disk has lost some of it."""
     try:
         sums = (folder / CHECKSUMS).read_bytes()
     except OSError:
@@ -131,11 +170,24 @@ def _fetch_file(uri: str, folder: Path, name: str) -> None:
 
 
 def _fetch(uri: str, name: str, folder: Path) -> Path:
+    """The checkpoint, whole and as its checksums say.
+
+    Raises:
+        DatasetError: it is broken.
+    """
     with atomic_folder(folder / name) as new:
-        objects.read_file(join(uri, name, CHECKSUMS), new / CHECKSUMS)
-        for part in json.loads((new / CHECKSUMS).read_bytes()):
+        for part in (CHECKSUMS, *FILES):  # never what it lists itself, which may lie anywhere
             objects.read_file(join(uri, name, part), new / part)
+        if _listed(new) != set(FILES) or not is_sound(new):
+            raise DatasetError(f"{join(uri, name)} differs from its checksums")
     return folder / name
+
+
+def _listed(folder: Path) -> set[str]:
+    try:
+        return set(json.loads((folder / CHECKSUMS).read_bytes()))
+    except (ValueError, TypeError):
+        return set()
 
 
 def _whole(uri: str) -> list[str]:

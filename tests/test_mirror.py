@@ -1,10 +1,17 @@
+import contextlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ip2p_ray import objects
-from ip2p_ray.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ip2p_ray.checkpoint import (
+    is_sound,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from ip2p_ray.errors import ConfigError, DatasetError, StorageError
 from ip2p_ray.mirror import (
     fetch_alone,
@@ -13,6 +20,7 @@ from ip2p_ray.mirror import (
     upload_file,
     upload_folder,
 )
+from ip2p_ray.mirror import newest as newest_name
 from ip2p_ray.testing.buckets import FaultyWay, WayFaults
 from ip2p_ray.training.state import TrainState
 from tests.test_checkpoint import contents, new_state
@@ -100,6 +108,76 @@ def test_a_fetch_that_breaks_off_leaves_no_checkpoint(bucket: str, tmp_path: Pat
         f"{bucket}/{first.name}/optimizer.safetensors", first / "optimizer.safetensors"
     )
     assert newest(bucket, tmp_path / "there") == first.name
+
+
+def uploaded(folder: Path, uri: str, *steps: int) -> None:
+    for step in steps:
+        upload_checkpoint(saved(folder, step), uri, keep=None)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("lost", ["a bit", "a part", "facts", "checksums"])
+def test_a_broken_checkpoint_costs_the_steps_since_the_one_before(
+    bucket: str, tmp_path: Path, lost: str, alone: bool
+) -> None:
+    uri = f"{bucket}/run"
+    uploaded(tmp_path / "here", uri, 1, 2)
+    third = saved(tmp_path / "here", 3)
+    whole = (third / "unet.safetensors").read_bytes()
+    upload_checkpoint(third, uri, keep=None)
+    place = f"{uri}/{third.name}"
+    if lost == "a bit":
+        objects.write(f"{place}/unet.safetensors", whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif lost == "a part":
+        objects.remove([f"{place}/unet.safetensors"])
+    else:
+        objects.write(f"{place}/{'state' if lost == 'facts' else lost}.json", b"{}")
+    there = tmp_path / "there"
+    there.mkdir()
+    if alone:
+        found = fetch_alone(uri, there, beside=NOTES, recipe=RECIPE)
+    else:
+        found = fetch_newest(uri, there, beside=NOTES, recipe=RECIPE)
+    assert found == there / "step-00000002"
+    assert is_sound(found)
+    assert newest_name(uri) == "step-00000002"
+    upload_checkpoint(third, uri, keep=None)  # when it is reached again
+    assert newest(uri, tmp_path / "again") == third.name
+
+
+def test_where_all_are_broken_it_is_told_and_nothing_is_forgotten(
+    bucket: str, tmp_path: Path
+) -> None:
+    uploaded(tmp_path / "here", bucket, 1, 2)
+    for step in (1, 2):
+        objects.remove([f"{bucket}/step-{step:08d}/ema.safetensors"])
+    told = r"every checkpoint in .* is broken \(.*step-00000002/ema.*no such object\); delete them"
+    for _ in range(2):
+        with pytest.raises(DatasetError, match=told):
+            fetch_newest(bucket, tmp_path / "there", beside=NOTES, recipe=RECIPE)
+        with pytest.raises(DatasetError, match=told):
+            fetch_alone(bucket, tmp_path / "alone", beside=None, recipe=RECIPE)
+    saved(tmp_path / "old", 0)  # one that is here is gone on with
+    assert fetch_newest(bucket, tmp_path / "old", beside=NOTES, recipe=RECIPE) is None
+    assert newest_name(bucket) is None
+
+
+def test_planted_names_write_nothing_outside_the_folder(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    uploaded(tmp_path / "here", bucket, 1)
+    planted = tmp_path / "work" / "planted"
+    place = f"{bucket}/step-00000001"
+    sums = json.loads(objects.read(f"{place}/checksums.json"))
+    for name in ("../../planted", str(planted)):
+        with contextlib.suppress(StorageError):
+            objects.write(f"{place}/{name}", b"planted")
+        objects.write(f"{place}/checksums.json", json.dumps({**sums, name: {"bytes": 7}}).encode())
+        with pytest.raises(DatasetError, match="step-00000001 differs from its checksums"):
+            fetch_alone(bucket, tmp_path / "work" / "cache", beside=None, recipe=RECIPE)
+        assert not list(tmp_path.rglob("*planted*"))
+        assert list((tmp_path / "work" / "cache").iterdir()) == []
 
 
 def test_checkpoints_of_another_recipe_are_refused(bucket: str, tmp_path: Path) -> None:
