@@ -342,7 +342,10 @@ def earlier_seconds(uri: str) -> float:
 
 
 def _check_origin(uri: str, origin: Origin) -> None:
-    found = read_origin(uri)
+    try:
+        found = read_origin(uri)
+    except DatasetError as error:
+        raise DatasetError(f"{error}; delete {uri} to have it made again") from error
     if not found and storage.exists(storage.join(uri, storage.MANIFEST)):
         manifest = storage.read_manifest(uri)
         found = {**vars(manifest), "digest": manifest.recipe}
