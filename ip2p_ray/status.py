@@ -15,8 +15,9 @@ from ip2p_ray.errors import DatasetError
 from ip2p_ray.notes import NOTE_EVERY_S, Note, noted_in, read_origin
 from ip2p_ray.report import duration, size
 
-SILENT_S = 3 * NOTE_EVERY_S
-"""Without a note for so long, whoever made a dataset is gone, or cannot reach the storage."""
+SILENT_S = 6 * NOTE_EVERY_S
+"""Without a note for so long, whoever made a dataset is gone, or cannot reach the storage; clocks
+may differ by most of it."""
 
 CHECKPOINTS = "checkpoints"
 _METRICS, _STEP = "metrics.jsonl", "step-"
@@ -159,7 +160,10 @@ def _details(status: Status, now: float) -> list[str]:
         told.append(f"  busy      {busy}")
     if status.state not in ("whole", "failed") and status.updated is not None:
         job = f", job {status.job}" if status.job else ""
-        told.append(f"  by        {status.host}{job}, heard {duration(now - status.updated)} ago")
+        heard = f"heard {duration(max(0.0, now - status.updated))} ago"
+        if status.updated > now + 1.0:
+            heard = f"whose clock is {duration(status.updated - now)} ahead of the one here"
+        told.append(f"  by        {status.host}{job}, {heard}")
     for failure in status.failures[-1:]:
         before = len(status.failures) - 1
         more = f" (and {before} before)" if before else ""
@@ -275,7 +279,7 @@ def _headline(status: Status, now: float) -> str:
         return f"whole{rows}{weight}, made in {_times(status)}"
     if status.state == "unreadable":
         return status.problem
-    ago = "" if status.updated is None else duration(now - status.updated)
+    ago = "" if status.updated is None else duration(max(0.0, now - status.updated))
     since = "" if status.updated is None else _clock(status.updated)
     told = {
         "working": "being made",

@@ -119,6 +119,12 @@ def test_how_an_attempt_ended_is_told(tmp_path, ended, state, words):
     assert "no GPU (and 1 before)" in text
 
 
+def test_a_clock_that_is_ahead_is_told_and_some_difference_borne(tmp_path):
+    write_note(tmp_path, host="far")
+    assert "far, whose clock is 8.3 min ahead of the one here" in told(str(tmp_path), NOW - 500)
+    assert status.statuses(str(tmp_path), NOW + 40)[0].state == "working"
+
+
 def test_what_an_earlier_version_left_is_told_as_far_as_it_goes(tmp_path):
     (tmp_path / ORIGIN).write_text(json.dumps({"dataset": "pairs", "attempts": [30.0]}))
     (found,) = status.statuses(str(tmp_path))
