@@ -12,11 +12,13 @@ import io
 import json
 import logging
 import os
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import TextIO
 
 JSON = "json"
@@ -73,6 +75,16 @@ def configure(stream: TextIO) -> None:
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("ip2p_ray").setLevel(logging.INFO)
     logging.captureWarnings(True)
+    if wants_json():
+        sys.excepthook = _log_uncaught
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    told = about_error(error) if isinstance(error, Exception) else {}
+    with about(**told):
+        logging.getLogger(__name__).critical("%s", kind.__name__, exc_info=(kind, error, trace))
 
 
 def formatter(text: str, times: str | None = None) -> logging.Formatter:

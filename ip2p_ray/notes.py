@@ -73,9 +73,11 @@ def read_origin(uri: str) -> dict[str, Any]:
     if not storage.exists(place):
         return {}
     try:
-        found: dict[str, Any] = json.loads(storage.read_bytes(place))
+        found = json.loads(storage.read_bytes(place))
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{place} cannot be read: {error}; delete {uri}") from error
+        raise DatasetError(f"{place} cannot be read: {error}") from error
+    if not isinstance(found, dict) or not found:
+        raise DatasetError(f"{place} cannot be read: it holds no object with fields")
     return found
 
 
@@ -90,14 +92,41 @@ def read_noted(uri: str) -> Noted | None:
 
 
 def noted_in(origin: Mapping[str, Any]) -> Noted:
-    """What ORIGIN says; fields that other versions of this package added are passed over."""
+    """What ORIGIN says; fields that other versions of this package added are passed over.
+
+    Raises:
+        DatasetError: a field holds what it cannot hold.
+    """
     known = {each.name for each in fields(Note)}
     now = origin.get("now")
     note = None
     if isinstance(now, Mapping):
         note = Note(**{name: value for name, value in now.items() if name in known})
-    return Noted(
-        dataset=str(origin.get("dataset", "")),
-        attempts=[float(seconds) for seconds in origin.get("attempts", [])],
-        note=note,
+    dataset, attempts = str(origin.get("dataset", "")), origin.get("attempts", [])
+    if not _are_numbers(attempts) or (note is not None and not _is_sound(note)):
+        raise DatasetError(f"{ORIGIN} of {dataset} cannot be read: its notes have other types")
+    return Noted(dataset=dataset, attempts=[float(seconds) for seconds in attempts], note=note)
+
+
+def _is_sound(note: Note) -> bool:
+    """Whether the fields have their types, which JSON does not promise."""
+    maybe = (note.done, note.total, note.rate, note.kept)
+    return (
+        _are_numbers([note.began, note.updated, *(each for each in maybe if each is not None)])
+        and all(isinstance(each, str) for each in (note.ended, note.unit, note.host, note.job))
+        and all(
+            isinstance(table, Mapping) and _are_numbers([*table.values()])
+            for table in (note.rejected, note.busy)
+        )
+        and isinstance(note.failures, list | tuple)
+        and all(
+            isinstance(each, Mapping)
+            and _are_numbers([each.get("at")])
+            and isinstance(each.get("sentence"), str)
+            for each in note.failures
+        )
     )
+
+
+def _are_numbers(found: object) -> bool:
+    return isinstance(found, list) and all(isinstance(each, int | float) for each in found)

@@ -15,16 +15,17 @@ from ip2p_ray.errors import DatasetError
 from ip2p_ray.notes import NOTE_EVERY_S, Note, noted_in, read_origin
 from ip2p_ray.report import duration, size
 
-SILENT_S = 3 * NOTE_EVERY_S
-"""Without a note for so long, whoever made a dataset is gone, or cannot reach the storage."""
+SILENT_S = 6 * NOTE_EVERY_S
+"""Without a note for so long, whoever made a dataset is gone, or cannot reach the storage; clocks
+may differ by most of it."""
 
 CHECKPOINTS = "checkpoints"
 _METRICS, _STEP = "metrics.jsonl", "step-"
 _DEPTH = 2  # a run's folder has datasets, and rejects/ has some more
 
-State = Literal["whole", "working", "silent", "failed", "stopped", "begun"]
+State = Literal["whole", "working", "silent", "failed", "stopped", "begun", "unreadable"]
 """`silent` gave no sign of life for SILENT_S, `stopped` was told to; of `begun` no more is
-known."""
+known; of `unreadable` a file is damaged, as `problem` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ class Status:
     host: str = ""
     job: str = ""
     training: Training | None = None
+    problem: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, as JSON can express them."""
@@ -84,7 +86,7 @@ def statuses(uri: str, now: float | None = None) -> list[Status]:
     Those that are whole come first, in the order in which they became so.
 
     Raises:
-        DatasetError: there is none.
+        DatasetError: there is none, or what is noted of the one dataset cannot be read.
         StorageError: object storage refuses.
     """
     now = time.time() if now is None else now
@@ -99,7 +101,12 @@ def statuses(uri: str, now: float | None = None) -> list[Status]:
 
 
 def status_of(uri: str, now: float) -> Status | None:
-    """Of the dataset at the URI; None where there is none."""
+    """Of the dataset at the URI; None where there is none.
+
+    Raises:
+        DatasetError: one of its files cannot be read.
+        StorageError: object storage refuses.
+    """
     origin = read_origin(uri)
     whole = storage.exists(storage.join(uri, storage.MANIFEST))
     if not origin and not whole:
@@ -146,14 +153,17 @@ def _details(status: Status, now: float) -> list[str]:
         told.append(f"  survival  kept {status.kept:,} of {judged:,}{share}{more}")
     if status.training is not None:
         told.append(f"  training  {_trained(status.training)}")
-    if status.state != "whole":
+    if status.state not in ("whole", "unreadable"):
         told.append(f"  time      {_times(status)} so far")
     if status.busy and status.state != "whole":
         busy = ", ".join(f"{name} {duration(seconds)}" for name, seconds in status.busy.items())
         told.append(f"  busy      {busy}")
     if status.state not in ("whole", "failed") and status.updated is not None:
         job = f", job {status.job}" if status.job else ""
-        told.append(f"  by        {status.host}{job}, heard {duration(now - status.updated)} ago")
+        heard = f"heard {duration(max(0.0, now - status.updated))} ago"
+        if status.updated > now + 1.0:
+            heard = f"whose clock is {duration(status.updated - now)} ahead of the one here"
+        told.append(f"  by        {status.host}{job}, {heard}")
     for failure in status.failures[-1:]:
         before = len(status.failures) - 1
         more = f" (and {before} before)" if before else ""
@@ -166,7 +176,10 @@ def _below(uri: str, now: float, depth: int = 1) -> list[Status]:
     found = []
     for name in storage.folders(uri):
         place = storage.join(uri, name)
-        status = status_of(place, now)
+        try:
+            status = status_of(place, now)
+        except DatasetError as error:
+            status = Status(uri=place, dataset=name, state="unreadable", problem=str(error))
         if status is not None:
             found.append(status)
         elif depth < _DEPTH:
@@ -192,19 +205,22 @@ def _of_note(note: Note | None) -> dict[str, Any]:
 
 
 def _of_manifest(manifest: storage.Manifest) -> dict[str, Any]:
-    known: dict[str, Any] = {
-        "state": "whole",
-        "dataset": manifest.dataset,
-        "done": manifest.rows,
-        "total": manifest.rows,
-        "unit": "rows",
-        "seconds": manifest.wall_seconds,
-        "device_seconds": manifest.device_seconds,
-        "bytes": sum(shard.bytes for shard in manifest.shards),
-    }
-    for report in manifest.reports[-1:]:
-        rejected = sorted(report["rejected"].items(), key=lambda each: -each[1])
-        known |= {"kept": report["rows_out"], "rejected": dict(rejected)}
+    try:
+        known: dict[str, Any] = {
+            "state": "whole",
+            "dataset": manifest.dataset,
+            "done": manifest.rows,
+            "total": manifest.rows,
+            "unit": "rows",
+            "seconds": float(manifest.wall_seconds),
+            "device_seconds": float(manifest.device_seconds),
+            "bytes": sum(shard.bytes for shard in manifest.shards),
+        }
+        for report in manifest.reports[-1:]:
+            rejected = sorted(report["rejected"].items(), key=lambda each: -each[1])
+            known |= {"kept": report["rows_out"], "rejected": dict(rejected)}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"the manifest of {manifest.dataset} cannot be read: {error}") from error
     return known
 
 
@@ -213,18 +229,22 @@ def _of_training(uri: str, origin: Mapping[str, Any]) -> dict[str, Any]:
     steps, measured = _steps(uri), _measured(uri)
     names = ("loss", "validation_loss", "images_per_s", "workers")
     figures = {
-        name: [line[name] for line in measured if name in line][-1]
-        for name in names
-        if any(name in line for line in measured)
+        name: value
+        for line in measured
+        for name, value in line.items()
+        if name in names and isinstance(value, int | float)
     }
-    step = measured[-1]["step"] if measured else None
+    figures = {name: figures[name] for name in names if name in figures}
+    counted = [line["step"] for line in measured if isinstance(line.get("step"), int)]
+    step = counted[-1] if counted else None
     checkpoint = max(steps) if steps else None
     known: dict[str, Any] = {
         "unit": "steps",
         "training": Training(step=step, checkpoint=checkpoint, figures=figures),
     }
-    total = origin.get("config", {}).get("steps")
-    if total is not None:
+    config = origin.get("config")
+    total = config.get("steps") if isinstance(config, Mapping) else None
+    if isinstance(total, int):
         known |= {"done": max(step or 0, checkpoint or 0), "total": total}
     return known
 
@@ -235,15 +255,15 @@ def _steps(uri: str) -> list[int]:
 
 
 def _measured(uri: str) -> list[dict[str, Any]]:
-    """Lines of metrics; one whose end a kill cut off is passed over."""
+    """Lines of metrics; one whose end a kill cut off, or that is no object, is passed over."""
     place = storage.join(uri, _METRICS)
     if not storage.exists(place):
         return []
     found = []
-    for line in storage.read_bytes(place).decode().splitlines():
+    for line in storage.read_bytes(place).decode(errors="replace").splitlines():
         with suppress(ValueError):
             found.append(json.loads(line))
-    return found
+    return [line for line in found if isinstance(line, dict)]
 
 
 def _left(note: Note | None, done: int | None, total: int | None) -> float | None:
@@ -257,7 +277,9 @@ def _headline(status: Status, now: float) -> str:
         rows = f", {status.done:,} {status.unit}" if status.bytes or status.training else ""
         weight = f", {size(status.bytes)}" if status.bytes else ""
         return f"whole{rows}{weight}, made in {_times(status)}"
-    ago = "" if status.updated is None else duration(now - status.updated)
+    if status.state == "unreadable":
+        return status.problem
+    ago = "" if status.updated is None else duration(max(0.0, now - status.updated))
     since = "" if status.updated is None else _clock(status.updated)
     told = {
         "working": "being made",

@@ -7,8 +7,8 @@
 Only storage is asked, no Ray: state, progress, survival by reason, failures, time used and left, as
 far as the job noted them, which it does every ten seconds. Of a run its folders are listed and
 those in them, not the shards. `ray job submit` is for where only the cluster reaches the storage.
-With --json one object is printed: {"datasets": [...]}. The status is 0
-when something was found, 1 for a failure and 2 for a wrong flag.
+With --json one object is printed: {"datasets": [...]}. The status is 0 when something was found, 1
+for a failure and 2 for a wrong flag.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Status:
     json: bool = False
     """Print one JSON object."""
     watch: float | None = None
-    """Look again after so many seconds, until Ctrl-C or until the dataset is whole."""
+    """Look again after so many seconds, until Ctrl-C or until the dataset is whole; also after
+    the storage refused, or where there is no dataset yet."""
 
     def __post_init__(self) -> None:
         require_uri("--dataset", self.dataset)
@@ -45,14 +46,17 @@ def main(job: Status) -> int:
     """Print the status; returns the exit status."""
     with loading("status"):
         from ip2p_ray import status
-        from ip2p_ray.errors import Ip2pError
+        from ip2p_ray.errors import DatasetError, Ip2pError, StorageError
     try:
         while True:
             try:
                 found = status.statuses(job.dataset)
             except Ip2pError as error:
                 sys.stderr.write(f"status: {error}\n")
-                return 1
+                if job.watch is None or not isinstance(error, DatasetError | StorageError):
+                    return 1
+                time.sleep(job.watch)
+                continue
             if job.watch is not None and not job.json and sys.stdout.isatty():
                 print("\x1b[H\x1b[2J", end="")
             objects = {"datasets": [each.as_dict() for each in found]}

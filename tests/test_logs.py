@@ -100,7 +100,8 @@ def lines_of(tmp_path, **environment):
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         timeout=250,
     )
-    assert (done.returncode, done.stderr) == (1, "generate_pairs: nothing is left\n")
+    sentence = "" if environment else "generate_pairs: nothing is left\n"
+    assert (done.returncode, done.stderr) == (1, sentence)
     return done.stdout.splitlines()
 
 
@@ -123,3 +124,30 @@ def test_for_people_lines_stay_text(tmp_path):
     lines = lines_of(tmp_path)
     assert lines[0] == "to begin with"
     assert any(" candidates: kept 5 of 5" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "text"),
+    [("KeyboardInterrupt", 130, "stopped; "), ("ZeroDivisionError", 1, "ZeroDivisionError")],
+)
+def test_what_ends_a_job_is_an_object_too(raised, status, text):
+    code = f"""
+import sys
+from ip2p_ray.stages import run
+
+def work():
+    raise {raised}
+
+sys.exit(run.guarded("generate_pairs", work))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "IP2P_LOG": "json"},
+        timeout=250,
+    )
+    (line,) = [json.loads(line) for line in (done.stdout + done.stderr).splitlines()]
+    assert done.returncode == status
+    assert line["message"].startswith(text)
+    assert line["job"] == "generate_pairs"

@@ -60,15 +60,15 @@ def test_a_large_object_comes_in_parts(bucket):
     assert etag.endswith('-3"')
 
 
-@pytest.mark.slow
 def test_folders_are_listed_without_what_is_in_them(bucket):
-    for name in ("a", "b/1", "b/2", "c/d/e", "bb/"):
+    for name in ("a", "b/1", "b/2", "c/d/e", "bb/x"):
         objects.write(f"{bucket}/run/{name}", b"")
     assert list(objects.folders(f"{bucket}/run")) == ["b", "bb", "c"]
     assert list(objects.folders(bucket)) == ["run"]
     assert list(objects.folders(f"{bucket}/run/b")) == []
 
 
+@pytest.mark.slow
 def test_a_listing_and_a_deletion_come_in_pages(bucket):
     for number in range(1005):
         objects.write(f"{bucket}/many/{number:04d}", b"")

@@ -119,6 +119,12 @@ def test_how_an_attempt_ended_is_told(tmp_path, ended, state, words):
     assert "no GPU (and 1 before)" in text
 
 
+def test_a_clock_that_is_ahead_is_told_and_some_difference_borne(tmp_path):
+    write_note(tmp_path, host="far")
+    assert "far, whose clock is 8.3 min ahead of the one here" in told(str(tmp_path), NOW - 500)
+    assert status.statuses(str(tmp_path), NOW + 40)[0].state == "working"
+
+
 def test_what_an_earlier_version_left_is_told_as_far_as_it_goes(tmp_path):
     (tmp_path / ORIGIN).write_text(json.dumps({"dataset": "pairs", "attempts": [30.0]}))
     (found,) = status.statuses(str(tmp_path))
@@ -148,6 +154,29 @@ def test_training_is_told_by_its_metrics_and_checkpoints(tmp_path):
     assert (found.done, found.total, found.left_s) == (50, 100, 25.0)
     assert found.training.checkpoint == 40
     assert "step 50, loss 0.25, images_per_s 12, newest checkpoint 40" in told(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"attempts": null}', '{"now": {"updated": null}}']
+)
+@pytest.mark.parametrize("file", [ORIGIN, storage.MANIFEST])
+def test_one_damaged_file_does_not_hide_the_others(tmp_path, file, text):
+    run.make(str(tmp_path / "captions"), run.Origin(dataset="captions", config={}), list)
+    run.make(str(tmp_path / "pairs"), run.Origin(dataset="pairs", config={}), list)
+    (tmp_path / "pairs" / file).write_text(text)
+    states = {each.dataset: each.state for each in status.statuses(str(tmp_path))}
+    assert states == {"captions": "whole", "pairs": "unreadable"}
+    assert "cannot be read" in told(tmp_path)
+    assert "delete" not in told(tmp_path)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        status.statuses(str(tmp_path / "pairs"))
+
+
+def test_lines_of_metrics_that_are_none_are_passed_over(tmp_path):
+    (tmp_path / ORIGIN).write_text(json.dumps({"dataset": "checkpoints", "config": None}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 0.5}\n5\n{"loss": "x"}\n{}\n')
+    (found,) = status.statuses(str(tmp_path))
+    assert (found.training.step, found.training.figures) == (7, {"loss": 0.5})
 
 
 @pytest.mark.parametrize("name", ["", "nothing"])

@@ -342,7 +342,10 @@ def earlier_seconds(uri: str) -> float:
 
 
 def _check_origin(uri: str, origin: Origin) -> None:
-    found = read_origin(uri)
+    try:
+        found = read_origin(uri)
+    except DatasetError as error:
+        raise DatasetError(f"{error}; delete {uri} to have it made again") from error
     if not found and storage.exists(storage.join(uri, storage.MANIFEST)):
         manifest = storage.read_manifest(uri)
         found = {**vars(manifest), "digest": manifest.recipe}
@@ -374,25 +377,32 @@ def guarded(name: str, work: Callable[[], object]) -> int:
 
     It is BUDGET_REACHED for a spending cap, after which the same command goes on. An error is told
     in one sentence; one that is not this package's is a bug and is raised. Logging is set up here,
-    once: this package's lines, and of other libraries only errors.
+    once: this package's lines, and of other libraries only errors. Where lines are objects, these
+    are too.
     """
     logs.configure(sys.stdout)
-    try:
-        with logs.about(job=name), logs.printed_too():
-            work()
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: stopped; the same command goes on from here\n")
-        return 130
-    except Exception as error:
-        told = own_error(error)
-        if told is None:
-            raise
-        sys.stderr.write(f"{name}: {sentence(told)}\n")
-        if logs.wants_json():
+    with logs.about(job=name):
+        try:
+            with logs.printed_too():
+                work()
+        except KeyboardInterrupt:
+            _say(name, "stopped; the same command goes on from here")
+            return 130
+        except Exception as error:
+            told = own_error(error)
+            if told is None:
+                raise
             with logs.about(**logs.about_error(error)):
-                logger.error("%s", sentence(told))
-        return BUDGET_REACHED if isinstance(told, BudgetError) else 1
+                _say(name, sentence(told))
+            return BUDGET_REACHED if isinstance(told, BudgetError) else 1
     return 0
+
+
+def _say(name: str, text: str) -> None:
+    if logs.wants_json():
+        logger.error("%s", text)
+    else:
+        sys.stderr.write(f"{name}: {text}\n")
 
 
 def sentence(error: Exception) -> str:

@@ -1,8 +1,10 @@
 import json
 import re
+import subprocess
+import sys
 
 from ip2p_ray.stages import run
-from tests.jobs.running import Job
+from tests.jobs.running import ROOT, Job
 
 JOB = Job("status.py")
 
@@ -27,6 +29,20 @@ def test_it_watches_until_the_dataset_is_whole(tmp_path):
     run.make(str(uri), run.Origin(dataset="captions", config={}), list)
     done = JOB.run("--dataset", uri, "--watch", "0.1", timeout=60)
     assert (done.returncode, done.stdout.count("whole")) == (0, 1)
+
+
+def test_it_watches_what_is_not_there_yet(tmp_path):
+    uri = tmp_path / "captions"
+    watch = subprocess.Popen(
+        [sys.executable, ROOT / "jobs" / "status.py", "--dataset", uri, "--watch", "0.1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watch.stderr.readline().startswith("status: there is no ")
+    run.make(str(uri), run.Origin(dataset="captions", config={}), list)
+    output, _ = watch.communicate(timeout=120)
+    assert (watch.returncode, "whole" in output) == (0, True)
 
 
 def test_what_is_not_there_is_told_in_a_sentence(tmp_path):
