@@ -48,7 +48,8 @@ def test_every_plan_that_is_typed_is_made():
 
 def test_the_objects_of_the_largest_run_are_those_of_its_plan():
     (typed,) = re.findall(r"^    python (jobs/plan\.py (?:.*\\\n)*.*)$", SCALE, re.MULTILINE)
-    line = shlex.split(typed.replace("--captions 450000", "--captions 10000000"))
+    largest = typed.replace("--captions 450000", "--captions 10000000")
+    line = shlex.split(largest.replace("\\\n", " "))
     done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True)
     (row,) = [row.split() for row in done.stdout.splitlines() if row.startswith("all that stays")]
     assert f"all {row[-1]} objects of a run" in SCALE
