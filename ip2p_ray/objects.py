@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -33,6 +34,9 @@ SCHEME = "s3://"
 
 ATTEMPTS = 10
 """Of each request, with jittered pauses of up to 20 s between them; AWS_MAX_ATTEMPTS is another."""
+
+_TIMEOUT_S = 60.0
+_impatience: ContextVar[float | None] = ContextVar("impatience", default=None)
 
 _PART_BYTES = 16 << 20
 _DELETE = 1000  # the most that one request may name
@@ -81,6 +85,16 @@ def check(uri: str) -> None:
     bucket, key = split(uri)
     with _told(uri):
         _client(_settings(), 3).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+
+
+@contextmanager
+def impatient(timeout_s: float) -> Iterator[None]:
+    """Of the block's requests in this thread, each is tried twice, `timeout_s` each time."""
+    before = _impatience.set(timeout_s)
+    try:
+        yield
+    finally:
+        _impatience.reset(before)
 
 
 def read(uri: str, start: int = 0) -> bytes:
@@ -389,20 +403,28 @@ def _settings() -> tuple[tuple[str, str], ...]:
 
 
 def _s3() -> Any:
+    timeout_s = _impatience.get()
+    if timeout_s is not None:
+        return _client(_settings(), 2, timeout_s)
     return _client(_settings(), ATTEMPTS)
 
 
 @lru_cache(maxsize=8)
-def _client(settings: tuple[tuple[str, str], ...], attempts: int) -> Any:
+def _client(
+    settings: tuple[tuple[str, str], ...], attempts: int, timeout_s: float | None = None
+) -> Any:
     told = dict(settings)
     options: dict[str, Any] = {}
-    if "AWS_MAX_ATTEMPTS" not in told:
+    if timeout_s is not None or "AWS_MAX_ATTEMPTS" not in told:
         options["retries"] = {"total_max_attempts": attempts, "mode": "standard"}
     if _endpoint_told(told) and "AWS_REQUEST_CHECKSUM_CALCULATION" not in told:
         # Not every server that speaks S3 knows the checksums that AWS has added.
         options["request_checksum_calculation"] = "when_required"
     config = botocore.config.Config(
-        connect_timeout=10, read_timeout=60, max_pool_connections=32, **options
+        connect_timeout=min(10.0, timeout_s or _TIMEOUT_S),
+        read_timeout=timeout_s or _TIMEOUT_S,
+        max_pool_connections=32,
+        **options,
     )
     region = told.get("AWS_REGION")  # boto3 itself reads only AWS_DEFAULT_REGION
     try:
