@@ -430,7 +430,7 @@ def _client(
     try:
         return boto3.session.Session(region_name=region).client("s3", config=config)
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise ConfigError(f"object storage is not set up: {error}") from error
+        raise ConfigError(f"object storage is not set up: {_plain(error)}") from error
 
 
 @lru_cache(maxsize=8)
@@ -442,7 +442,7 @@ def _arrow(settings: tuple[tuple[str, str], ...], bucket: str) -> pyarrow.fs.S3F
     endpoint = str(client.meta.endpoint_url)
     if not endpoint.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         scheme, _, host = endpoint.partition("://")
-        options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme}
+        options |= {"endpoint_override": host.rpartition("@")[2].rstrip("/"), "scheme": scheme}
     else:
         with _told(f"{SCHEME}{bucket}"):
             # Arrow does not follow a bucket into its region.
@@ -528,7 +528,7 @@ def _told(uri: str) -> Iterator[None]:
         met = error.__context__  # what a transfer of a file met, of which it tells in its own way
         if isinstance(met, botocore.exceptions.ClientError):
             raise _refused(uri, met) from error
-        raise StorageError(f"{uri}: {error}") from error
+        raise StorageError(f"{uri}: {_plain(error)}") from error
 
 
 def _refused(uri: str, error: botocore.exceptions.ClientError) -> DatasetError | StorageError:
@@ -546,4 +546,9 @@ def _refused(uri: str, error: botocore.exceptions.ClientError) -> DatasetError |
 
 
 def _where() -> str:
-    return str(_client(_settings(), ATTEMPTS).meta.endpoint_url)
+    return _plain(_client(_settings(), ATTEMPTS).meta.endpoint_url)
+
+
+def _plain(said: object) -> str:
+    """What may be printed: without what stands before the host of an address."""
+    return re.sub(r"//[^/\s]*@", "//", str(said))

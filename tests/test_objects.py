@@ -297,6 +297,16 @@ def test_a_server_that_is_not_there_is_told(bucket, monkeypatch):
         objects.check(bucket)
 
 
+def test_what_an_address_has_before_its_host_is_not_told(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for host in ("127.0.0.1:9", "127.0.0.1:no"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:planted@{host}")
+        for ask in (objects.check, objects.opened):
+            with pytest.raises((StorageError, ConfigError)) as raised:
+                ask(f"{bucket}/a")
+            assert "planted" not in str(raised.value)
+
+
 def test_missing_credentials_are_told(bucket, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
