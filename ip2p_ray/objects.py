@@ -153,7 +153,12 @@ def read_file(uri: str, path: Path) -> None:
     """
     bucket, key = split(uri)
     with _told(uri):
-        _s3().download_file(bucket, key, str(path))
+        try:
+            _s3().download_file(bucket, key, str(path))
+        except botocore.exceptions.ClientError as error:
+            if error.operation_name == "HeadObject" and _code(error) in ("400", "403"):
+                _item(uri)  # a refused HEAD does not say why it is, a refused listing does
+            raise
 
 
 def write_if(uri: str, data: bytes, expected: str | None) -> str | None:
