@@ -238,10 +238,15 @@ def abort_uploads(uri: str) -> int:
         pages = _s3().get_paginator("list_multipart_uploads")
         for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
             for begun in page.get("Uploads", ()):
-                _s3().abort_multipart_upload(
-                    Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"]
-                )
-                count += 1
+                try:
+                    _s3().abort_multipart_upload(
+                        Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"]
+                    )
+                except botocore.exceptions.ClientError as error:
+                    if _code(error) not in _MISSING | {"NoSuchUpload"}:  # it has ended meanwhile
+                        raise
+                else:
+                    count += 1
     return count
 
 

@@ -171,7 +171,7 @@ def abort_uploads(uri: str | Path) -> None:
         return
     try:
         count = objects.abort_uploads(str(uri))
-    except StorageError as error:
+    except (StorageError, DatasetError) as error:  # some stores know no such listing
         logger.debug("uploads of killed processes stay: %s", error)
         return
     if count:

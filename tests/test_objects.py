@@ -124,6 +124,20 @@ def test_a_dataset_that_is_made_clears_such_uploads_where_it_may(
     assert not client.list_multipart_uploads(Bucket=name).get("Uploads")
 
 
+@pytest.mark.parametrize(
+    ("method", "code"), [("GET", "NoSuchKey"), ("DELETE", "NoSuchUpload"), ("DELETE", "404")]
+)
+def test_uploads_that_are_not_found_end_nothing(bucket, bucket_endpoint, monkeypatch, method, code):
+    client, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    for key in ("run/a", "run/b"):
+        client.create_multipart_upload(Bucket=name, Key=key)
+    faults = WayFaults(refusal=(404, code), methods=(method,))
+    with FaultyWay(bucket_endpoint, faults) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        storage.abort_uploads(f"{bucket}/run")
+        assert way.counts["DELETE"] == (2 if method == "DELETE" else 0)
+
+
 def test_arrow_tries_as_often_in_another_process(bucket, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "4")
     with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=(503, "SlowDown"))) as way:
