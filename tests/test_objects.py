@@ -263,9 +263,7 @@ def test_a_killed_upload_leaves_the_object_that_was_there(bucket, pause):
         ("Odd", 400, "failed: Odd as it was told"),
     ],
 )
-def test_what_a_server_refuses_is_one_sentence(
-    bucket, monkeypatch, code, status, told, tmp_path
-):
+def test_what_a_server_refuses_is_one_sentence(bucket, monkeypatch, code, status, told, tmp_path):
     with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=(status, code))) as way:
         monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
