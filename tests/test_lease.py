@@ -72,7 +72,7 @@ def test_a_lease_whose_holder_was_killed_is_taken_over(bucket, holder):
 
 def test_one_that_was_silent_too_long_is_told_that_it_lost_it(bucket):
     uri = f"{bucket}/run/.lock"
-    silent = lease.held(uri, beat_s=60.0)
+    silent = lease.held(uri, beat_s=60.0, gone_s=600.0)
     silent.__enter__()
     with lease.held(uri, beat_s=0.2, gone_s=0.4):
         with pytest.raises(StageError, match="was taken over by another run"):
