@@ -3,6 +3,7 @@
     .editor.partial/    the place where `editor` is written; locked while somebody does
         .lock
         new             takes the name `editor` by a rename when it is whole
+        new.1A8AbC0b    of boto3, while it downloads `new`
         old             what had that name, for the moment between two renames
 
 kill -9 leaves such a place behind, its lock free. It is settled when `editor` is written again and
@@ -111,7 +112,8 @@ def _is_ours(place: Path) -> bool:
         names = {path.name for path in place.iterdir()}
     except FileNotFoundError:  # its writer has just finished
         return False
-    return not place.is_symlink() and names <= {LOCK, NEW, OLD}
+    ours = all(name in (LOCK, NEW, OLD) or name.startswith(f"{NEW}.") for name in names)
+    return ours and not place.is_symlink()
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Copies on this machine of what lies in buckets: made once, whole, shared by its processes.
 
     <cache>/folders/<name>-<digest>/              a model, or another folder of files
+    <cache>/files/<digest>/<name>                 a single object
     <cache>/datasets/<name>-<recipe>-<digest>/    shards, and what is mapped of them
 
 <digest> is that of what the bucket says of the objects, so what has changed there is copied anew.
@@ -73,6 +74,28 @@ def local_folder(source: str | Path, cache: str | Path | None = None) -> str:
         with atomic_folder(target) as new:
             storage.download(uri, new)
             if list(objects.listing(uri)) != found:
+                raise StorageError(f"{uri} changed while it was copied; run the same command again")
+    return str(target)
+
+
+def local_file(uri: str, cache: str | Path | None = None) -> str:
+    """The object at s3://... as a file on this machine, of the same name.
+
+    Raises:
+        DatasetError: there is none.
+        StorageError: object storage refuses, the disk is too small, or it changed meanwhile.
+    """
+    tag, length = objects.tag(uri), objects.size(uri)
+    if tag is None or length is None:
+        raise DatasetError(f"there is no {uri}")
+    target = cache_folder(cache) / "files" / _digest([uri, tag]) / uri.rpartition("/")[2]
+    with one_at_a_time(target.parent.with_name(f"{target.parent.name}.lock")):
+        if target.is_file():
+            return str(target)
+        _require_room(uri, length, target)
+        with atomic_file(target) as new:
+            objects.read_file(uri, new)
+            if objects.tag(uri) != tag:
                 raise StorageError(f"{uri} changed while it was copied; run the same command again")
     return str(target)
 

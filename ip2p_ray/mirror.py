@@ -17,7 +17,7 @@ from ip2p_ray import objects
 from ip2p_ray.atomic import atomic_file, atomic_folder, one_at_a_time, remove_folder
 from ip2p_ray.checkpoint import CHECKSUMS, FACTS, FILES, is_sound, latest_checkpoint
 from ip2p_ray.errors import ConfigError, DatasetError
-from ip2p_ray.storage import join
+from ip2p_ray.storage import abort_uploads, join
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 def upload_checkpoint(folder: Path, uri: str, *, keep: int | None) -> None:
     """The checkpoint below the URI, whole or not there; the `keep` newest stay, None keeps all.
 
+    What killed processes were uploading there goes first; nobody else writes there.
     Older ones, whole or not, are removed after it is whole, so that a failed upload costs none.
 
     Raises:
@@ -32,6 +33,7 @@ def upload_checkpoint(folder: Path, uri: str, *, keep: int | None) -> None:
     """
     target = join(uri, folder.name)
     if folder.name not in _whole(uri):
+        abort_uploads(uri)
         names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
         for name in (*names, CHECKSUMS):
             objects.write_file(join(target, name), folder / name)
@@ -52,6 +54,7 @@ def upload_folder(folder: Path, uri: str, *, last: str) -> None:
 
     So the URI has it only while everything else is there whole.
     """
+    abort_uploads(uri)
     objects.remove([join(uri, last)])
     objects.remove_below(uri)
     files = sorted(path for path in folder.rglob("*") if path.is_file())

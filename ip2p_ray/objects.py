@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -33,6 +34,9 @@ SCHEME = "s3://"
 
 ATTEMPTS = 10
 """Of each request, with jittered pauses of up to 20 s between them; AWS_MAX_ATTEMPTS is another."""
+
+_TIMEOUT_S = 60.0
+_impatience: ContextVar[float | None] = ContextVar("impatience", default=None)
 
 _PART_BYTES = 16 << 20
 _DELETE = 1000  # the most that one request may name
@@ -81,6 +85,16 @@ def check(uri: str) -> None:
     bucket, key = split(uri)
     with _told(uri):
         _client(_settings(), 3).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+
+
+@contextmanager
+def impatient(timeout_s: float) -> Iterator[None]:
+    """Of the block's requests in this thread, each is tried twice, `timeout_s` each time."""
+    before = _impatience.set(timeout_s)
+    try:
+        yield
+    finally:
+        _impatience.reset(before)
 
 
 def read(uri: str, start: int = 0) -> bytes:
@@ -139,7 +153,12 @@ def read_file(uri: str, path: Path) -> None:
     """
     bucket, key = split(uri)
     with _told(uri):
-        _s3().download_file(bucket, key, str(path))
+        try:
+            _s3().download_file(bucket, key, str(path))
+        except botocore.exceptions.ClientError as error:
+            if error.operation_name == "HeadObject" and _code(error) in ("400", "403"):
+                _item(uri)  # a refused HEAD does not say why it is, a refused listing does
+            raise
 
 
 def write_if(uri: str, data: bytes, expected: str | None) -> str | None:
@@ -230,10 +249,15 @@ def abort_uploads(uri: str) -> int:
         pages = _s3().get_paginator("list_multipart_uploads")
         for page in pages.paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
             for begun in page.get("Uploads", ()):
-                _s3().abort_multipart_upload(
-                    Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"]
-                )
-                count += 1
+                try:
+                    _s3().abort_multipart_upload(
+                        Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"]
+                    )
+                except botocore.exceptions.ClientError as error:
+                    if _code(error) not in _MISSING | {"NoSuchUpload"}:  # it has ended meanwhile
+                        raise
+                else:
+                    count += 1
     return count
 
 
@@ -400,26 +424,34 @@ def _settings() -> tuple[tuple[str, str], ...]:
 
 
 def _s3() -> Any:
+    timeout_s = _impatience.get()
+    if timeout_s is not None:
+        return _client(_settings(), 2, timeout_s)
     return _client(_settings(), ATTEMPTS)
 
 
 @lru_cache(maxsize=8)
-def _client(settings: tuple[tuple[str, str], ...], attempts: int) -> Any:
+def _client(
+    settings: tuple[tuple[str, str], ...], attempts: int, timeout_s: float | None = None
+) -> Any:
     told = dict(settings)
     options: dict[str, Any] = {}
-    if "AWS_MAX_ATTEMPTS" not in told:
+    if timeout_s is not None or "AWS_MAX_ATTEMPTS" not in told:
         options["retries"] = {"total_max_attempts": attempts, "mode": "standard"}
     if _endpoint_told(told) and "AWS_REQUEST_CHECKSUM_CALCULATION" not in told:
         # Not every server that speaks S3 knows the checksums that AWS has added.
         options["request_checksum_calculation"] = "when_required"
     config = botocore.config.Config(
-        connect_timeout=10, read_timeout=60, max_pool_connections=32, **options
+        connect_timeout=min(10.0, timeout_s or _TIMEOUT_S),
+        read_timeout=timeout_s or _TIMEOUT_S,
+        max_pool_connections=32,
+        **options,
     )
     region = told.get("AWS_REGION")  # boto3 itself reads only AWS_DEFAULT_REGION
     try:
         return boto3.session.Session(region_name=region).client("s3", config=config)
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise ConfigError(f"object storage is not set up: {error}") from error
+        raise ConfigError(f"object storage is not set up: {_plain(error)}") from error
 
 
 @lru_cache(maxsize=8)
@@ -431,7 +463,7 @@ def _arrow(settings: tuple[tuple[str, str], ...], bucket: str) -> pyarrow.fs.S3F
     endpoint = str(client.meta.endpoint_url)
     if not endpoint.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         scheme, _, host = endpoint.partition("://")
-        options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme}
+        options |= {"endpoint_override": host.rpartition("@")[2].rstrip("/"), "scheme": scheme}
     else:
         with _told(f"{SCHEME}{bucket}"):
             # Arrow does not follow a bucket into its region.
@@ -517,7 +549,7 @@ def _told(uri: str) -> Iterator[None]:
         met = error.__context__  # what a transfer of a file met, of which it tells in its own way
         if isinstance(met, botocore.exceptions.ClientError):
             raise _refused(uri, met) from error
-        raise StorageError(f"{uri}: {error}") from error
+        raise StorageError(f"{uri}: {_plain(error)}") from error
 
 
 def _refused(uri: str, error: botocore.exceptions.ClientError) -> DatasetError | StorageError:
@@ -535,4 +567,9 @@ def _refused(uri: str, error: botocore.exceptions.ClientError) -> DatasetError |
 
 
 def _where() -> str:
-    return str(_client(_settings(), ATTEMPTS).meta.endpoint_url)
+    return _plain(_client(_settings(), ATTEMPTS).meta.endpoint_url)
+
+
+def _plain(said: object) -> str:
+    """What may be printed: without what stands before the host of an address."""
+    return re.sub(r"//[^/\s]*@", "//", str(said))

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -171,7 +171,7 @@ def abort_uploads(uri: str | Path) -> None:
         return
     try:
         count = objects.abort_uploads(str(uri))
-    except StorageError as error:
+    except (StorageError, DatasetError) as error:  # some stores know no such listing
         logger.debug("uploads of killed processes stay: %s", error)
         return
     if count:
@@ -194,16 +194,24 @@ def download(uri: str, folder: str | Path) -> None:
     """Every object below s3://... as a file in the folder.
 
     Raises:
-        DatasetError: nothing lies there, or a name would leave the folder.
+        DatasetError: nothing lies there, or a name would leave the folder, or is a folder's too.
         StorageError: object storage refuses, or cannot be reached.
     """
     names = [found.name for found in objects.listing(uri)]
     if not names:
         raise DatasetError(f"nothing lies below {uri}")
+    folders = {str(above) for name in names for above in PurePosixPath(name).parents}
     for name in names:
         path = Path(folder) / name
         if ".." in path.parts or Path(name).is_absolute():
             raise DatasetError(f"{join(uri, name)} is no name for a file")
+        if name in folders:
+            raise DatasetError(
+                f"{join(uri, name)} is an object, and others lie below it: no file is also a "
+                "folder; rename it"
+            )
+    for name in names:
+        path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         objects.read_file(join(uri, name), path)
 

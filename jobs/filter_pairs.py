@@ -56,7 +56,7 @@ class FilterPairs:
     keep: int | None = None
     """At most so many pairs of a triplet; by default what it was, of own pairs all."""
     judge: str | None = None
-    """Of --input: folder or open_clip name of a CLIP that computes the similarities."""
+    """Of --input: folder, s3://... or open_clip name of a CLIP that computes the similarities."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where --judge runs."""
     resolution: int | None = None
@@ -209,6 +209,7 @@ def _again(job: FilterPairs) -> Any:
 def _own(job: FilterPairs) -> Any:
     from ip2p_ray import storage
     from ip2p_ray.clip import Clip
+    from ip2p_ray.copies import local_folder
     from ip2p_ray.filtering import Thresholds
     from ip2p_ray.layouts import PairFiles
     from ip2p_ray.own_pairs import OwnPairsConfig
@@ -228,7 +229,7 @@ def _own(job: FilterPairs) -> Any:
         **{k: v for k, v in shares.items() if v is not None},
     )
     own.files.inputs()  # or a sentence that says what is wrong with one, before a model is loaded
-    judge = None if job.judge is None else Clip.load(job.judge, job.device)
+    judge = None if job.judge is None else Clip.load(local_folder(job.judge), job.device)
     return collect_own_pairs(own, storage.absolute(job.out or ""), judge)
 
 

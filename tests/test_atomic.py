@@ -127,6 +127,15 @@ def test_leftovers_are_found_in_the_depth_and_the_living_are_left_alone(tmp_path
     assert names(tmp_path / "deep") == []
 
 
+def test_what_a_kill_left_of_a_download_is_cleared_away(tmp_path):
+    place = tmp_path / ".a.bin.partial"
+    place.mkdir()
+    for name in (".lock", "new.1A8AbC0b"):
+        (place / name).touch()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_writers_of_one_file_take_turns(tmp_path):
     target, inside, together = tmp_path / "target", [], []
 

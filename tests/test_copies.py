@@ -120,6 +120,13 @@ def test_nothing_there_is_told(bucket: str, cache: Path) -> None:
         local_dataset(f"{bucket}/none", cache)
 
 
+def test_an_object_with_others_below_it_is_no_file(bucket: str, cache: Path) -> None:
+    objects.write(f"{bucket}/folder/a", b"1")
+    objects.write(f"{bucket}/folder/a/b", b"2")
+    with pytest.raises(DatasetError, match=r"folder/a is an object, and others lie below it"):
+        local_folder(f"{bucket}/folder", cache)
+
+
 def test_shards_that_are_there_are_not_copied_again(bucket: str, cache: Path) -> None:
     uri = dataset(f"{bucket}/captions")
     shards = [shard.bytes for shard in storage.read_manifest(uri).shards]

@@ -13,9 +13,10 @@ from ip2p_ray.testing import FaultyWay, WayFaults
 HOLDS = """
 import sys, time
 from ip2p_ray import lease
-with lease.held(sys.argv[1], beat_s=float(sys.argv[2])):
+with lease.held(sys.argv[1], beat_s=float(sys.argv[2]), gone_s=float(sys.argv[3])):
     print("held", flush=True)
     sys.stdin.read()
+    print("went on", flush=True)
 """
 
 
@@ -24,11 +25,10 @@ def holder(bucket):
     """Starts a process that holds the lease."""
     started = []
 
-    def start(uri, beat_s):
-        command = [sys.executable, "-c", HOLDS, uri, str(beat_s)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def start(uri, beat_s, gone_s=60.0):
+        command = [sys.executable, "-c", HOLDS, uri, str(beat_s), str(gone_s)]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen(command, text=True, **pipes)
         started.append(process)
         assert process.stdout.readline() == "held\n"
         return process
@@ -72,7 +72,7 @@ def test_a_lease_whose_holder_was_killed_is_taken_over(bucket, holder):
 
 def test_one_that_was_silent_too_long_is_told_that_it_lost_it(bucket):
     uri = f"{bucket}/run/.lock"
-    silent = lease.held(uri, beat_s=60.0)
+    silent = lease.held(uri, beat_s=60.0, gone_s=600.0)
     silent.__enter__()
     with lease.held(uri, beat_s=0.2, gone_s=0.4):
         with pytest.raises(StageError, match="was taken over by another run"):
@@ -81,11 +81,34 @@ def test_one_that_was_silent_too_long_is_told_that_it_lost_it(bucket):
     assert objects.size(uri) is None
 
 
+def test_a_run_whose_lease_was_taken_over_is_ended(bucket, holder):
+    uri = f"{bucket}/run/.lock"
+    process = holder(uri, 0.1)
+    objects.write(uri, b"another's")
+    process.wait(60)  # its input stays open
+    said, error = process.stdout.read(), process.stderr.read()
+    assert "StageError" in error
+    assert "was taken over by another run" in error
+    assert said == ""
+    assert objects.read(uri) == b"another's"
+
+
+def test_a_run_that_does_not_reach_its_lease_is_ended(bucket, bucket_endpoint, holder, monkeypatch):
+    with FaultyWay(bucket_endpoint) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        process = holder(f"{bucket}/run/.lock", 0.2, 2.0)
+        way.faults = WayFaults(hang_up=1.0)
+        process.wait(60)
+        said, error = process.stdout.read(), process.stderr.read()
+    assert "did not reach it for 2 s" in error
+    assert said == ""
+
+
 def test_answers_that_are_lost_cost_no_lease(bucket, bucket_endpoint, monkeypatch):
     faults = WayFaults(lost=0.4, methods=("PUT",))
     with FaultyWay(bucket_endpoint, faults, seed=1) as way:
         monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
-        with lease.held(f"{bucket}/run/.lock", beat_s=0.05, gone_s=0.1):
+        with lease.held(f"{bucket}/run/.lock", beat_s=0.05):
             until = way.counts["lost"] + 3
             while way.counts["lost"] < until:
                 threading.Event().wait(0.05)

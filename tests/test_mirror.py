@@ -3,6 +3,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import pytest
 
 from ip2p_ray import objects
@@ -274,6 +275,18 @@ def test_a_folder_in_a_bucket_has_its_index_while_it_is_whole(
     assert "a_index.json" not in names_of(bucket)
     upload_folder(folder, f"{bucket}/editor", last="a_index.json")
     assert names_of(bucket) == ["a_index.json", "unet/weights"]
+
+
+def test_what_a_kill_left_of_uploads_goes(bucket: str, tmp_path: Path) -> None:
+    client, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    for key in ("run/step-00000001/unet", "editor/unet", "other/unet"):
+        client.create_multipart_upload(Bucket=name, Key=key)
+    uploaded(tmp_path / "here", f"{bucket}/run", 2)
+    (tmp_path / "editor").mkdir()
+    (tmp_path / "editor" / "index").touch()
+    upload_folder(tmp_path / "editor", f"{bucket}/editor", last="index")
+    left = client.list_multipart_uploads(Bucket=name)["Uploads"]
+    assert [begun["Key"] for begun in left] == ["other/unet"]
 
 
 def names_of(bucket: str) -> list[str]:

@@ -132,6 +132,20 @@ def test_a_dataset_that_is_made_clears_such_uploads_where_it_may(
     assert not client.list_multipart_uploads(Bucket=name).get("Uploads")
 
 
+@pytest.mark.parametrize(
+    ("method", "code"), [("GET", "NoSuchKey"), ("DELETE", "NoSuchUpload"), ("DELETE", "404")]
+)
+def test_uploads_that_are_not_found_end_nothing(bucket, bucket_endpoint, monkeypatch, method, code):
+    client, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    for key in ("run/a", "run/b"):
+        client.create_multipart_upload(Bucket=name, Key=key)
+    faults = WayFaults(refusal=(404, code), methods=(method,))
+    with FaultyWay(bucket_endpoint, faults) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        storage.abort_uploads(f"{bucket}/run")
+        assert way.counts["DELETE"] == (2 if method == "DELETE" else 0)
+
+
 def test_arrow_tries_as_often_in_another_process(bucket, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "4")
     with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=(503, "SlowDown"))) as way:
@@ -257,13 +271,14 @@ def test_a_killed_upload_leaves_the_object_that_was_there(bucket, pause):
         ("Odd", 400, "failed: Odd as it was told"),
     ],
 )
-def test_what_a_server_refuses_is_one_sentence(bucket, monkeypatch, code, status, told):
+def test_what_a_server_refuses_is_one_sentence(bucket, monkeypatch, code, status, told, tmp_path):
     with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=(status, code))) as way:
         monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
         for ask in (
             lambda: objects.check(bucket),
             lambda: objects.read(f"{bucket}/a"),
+            lambda: objects.read_file(f"{bucket}/a", tmp_path / "a"),
             lambda: objects.write(f"{bucket}/a", b"a"),
             lambda: objects.size(f"{bucket}/a"),
             lambda: list(objects.listing(bucket)),
@@ -303,6 +318,16 @@ def test_a_server_that_is_not_there_is_told(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nothing")
     with pytest.raises(ConfigError, match="object storage is not set up: Invalid endpoint"):
         objects.check(bucket)
+
+
+def test_what_an_address_has_before_its_host_is_not_told(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for host in ("127.0.0.1:9", "127.0.0.1:no"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:planted@{host}")
+        for ask in (objects.check, objects.opened):
+            with pytest.raises((StorageError, ConfigError)) as raised:
+                ask(f"{bucket}/a")
+            assert "planted" not in str(raised.value)
 
 
 def test_missing_credentials_are_told(bucket, monkeypatch):

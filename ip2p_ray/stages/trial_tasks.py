@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ip2p_ray import files, storage
-from ip2p_ray.copies import local_folder
+from ip2p_ray import files, objects, storage
+from ip2p_ray.copies import local_file, local_folder
 from ip2p_ray.edit_sets import Asked, Turns, inputs, read_edits
 from ip2p_ray.errors import ConfigError, ImageError, LargeImageError, StageError
 from ip2p_ray.images import decode_stored, encode_png, to_pil
@@ -138,8 +138,17 @@ def _asked(source: TaskSource) -> Iterator[Asked]:
 
 
 def _path(source: TaskSource) -> Path:
-    """Of the set; from a bucket it is copied once, with all its pictures."""
-    return Path(local_folder(source.data))
+    """Of the set; from a bucket it is copied once, with all its pictures.
+
+    A Parquet file has them in it; beside another file of a set lie those that it names.
+    """
+    uri = source.data.rstrip("/")
+    if not objects.is_object(uri) or objects.size(uri) is None:
+        return Path(local_folder(source.data))
+    if uri.endswith(".parquet"):
+        return Path(local_file(uri))
+    above, _, name = uri.rpartition("/")
+    return Path(local_folder(above)) / name
 
 
 def _drawn(source: TaskSource) -> Iterator[Asked]:

@@ -234,7 +234,7 @@ def run_contest(source: TaskSource, folder: str, contest: Contest) -> Made:
         Ip2pError: a model or the data cannot be used; says which.
     """
     contest = _surveyed(contest)
-    models = _fingerprints(contest)
+    models: dict[str, str] = run.in_task(contest.answering, _fingerprints, contest)
     if len({models[name] for name in contest.editors}) != len(contest.editors):
         raise ConfigError(f"two of the editors are the same: {', '.join(contest.editors)}")
     tasks = make_tasks(source, folder)
@@ -329,6 +329,7 @@ def _config(answerer: Answerer, trials: TrialConfig) -> dict[str, Any]:
 
 
 def _fingerprints(contest: Contest) -> dict[str, str]:
+    """Of all models; the judges are loaded for it."""
     found = {name: fingerprint(editor) for name, editor in contest.editors.items()}
     weights = contest.generator
     found[GENERATOR] = fingerprint(weights.source)

@@ -177,7 +177,7 @@ def test_what_is_wrong_with_the_data_is_one_sentence_and_status_1(tmp_path, mine
 
 
 @pytest.mark.timeout(1800)
-def test_a_bucket_is_read_and_written_as_a_folder(bucket, tmp_path, mine):
+def test_a_bucket_is_read_and_written_as_a_folder(bucket, tmp_path, mine, monkeypatch):
     own = tmp_path / "own"
     (own / "pictures").mkdir(parents=True)
     mine.rename(own / "a.parquet")
@@ -198,11 +198,13 @@ def test_a_bucket_is_read_and_written_as_a_folder(bucket, tmp_path, mine):
     for path in own.rglob("*.*"):
         name = path.relative_to(tmp_path).as_posix()
         storage.write_bytes(f"{bucket}/{name}", path.read_bytes())
-    judged = ("--judge", WEIGHTS / "judge", "--text", -1, "--image", -1, "--direction", -1)
-    for place in (tmp_path, bucket):
+    monkeypatch.setenv("IP2P_CACHE", str(tmp_path / "cache"))
+    storage.upload(WEIGHTS / "judge", f"{bucket}/judge")
+    rules = ("--text", -1, "--image", -1, "--direction", -1)
+    for place, weights in ((tmp_path, WEIGHTS), (bucket, bucket)):
         done = run_job(
             *("--input", f"{place}/own", "--out", f"{place}/out", "--export", f"{place}/published"),
-            *("--max-reject-share", 0.2, *judged),
+            *("--max-reject-share", 0.2, "--judge", f"{weights}/judge", *rules),
         )
         assert done.returncode == 0, done.stderr
         assert (

@@ -1,6 +1,7 @@
 import json
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -56,6 +57,22 @@ def test_another_picture_is_of_another_group(tmp_path):
     rows = sorted(made(TaskSource(data=data), tmp_path), key=lambda row: row["place"])
     others = [decode_image(row["another_image"]["bytes"]).getpixel((0, 0))[0] for row in rows]
     assert others == [1, 1, 0, 0, 1]
+
+
+def test_a_file_in_a_bucket_is_a_set_as_the_same_file_here(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("IP2P_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "set"
+    img_edit(data, 3)
+    columns = {"source_img": [png(1)], "target_img": [png(2)], "instruction": ["do it"]}
+    (tmp_path / "tables").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "tables" / "edits.parquet")
+    storage.upload(data, f"{bucket}/set")
+    storage.upload(tmp_path / "tables", f"{bucket}/tables")
+    for name in ("set/basic_edit.json", "tables/edits.parquet"):
+        here = made(TaskSource(data=str(tmp_path / name)), tmp_path / "here" / name)
+        there = made(TaskSource(data=f"{bucket}/{name}"), tmp_path / "there" / name)
+        assert len(here) > 0
+        assert there == here
 
 
 def test_of_one_picture_there_is_no_other(tmp_path):
