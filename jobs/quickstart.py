@@ -24,8 +24,8 @@ class Quickstart:
     """From captions to a trained editor and a report, with the miniature's models."""
 
     out: str | None = None
-    """Folder for everything that is made, here or s3://, by default runs/quickstart, with --smoke
-    runs/smoke; an unfinished run in it is continued."""
+    """Folder for everything that is made, here or s3://; an unfinished run in it is continued;
+    by default runs/quickstart, with --smoke runs/smoke."""
     seed: int = 0
     """Of captions, replies, training and evaluation."""
     captions: int = 400

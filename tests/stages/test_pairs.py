@@ -136,7 +136,9 @@ def test_a_judge_whose_batch_does_not_fit_takes_fewer(made, name, caplog):
     assert caplog.messages == ["judge: 2 candidates at a time do not fit on cpu, goes on with 1"]
     before = rows.slice(0, 1).to_pylist()[0]["candidates"]
     for old, new in zip(before, judged.to_pylist()[0]["candidates"], strict=True):
-        assert new["direction_similarity"] == pytest.approx(old["direction_similarity"], abs=1e-4)
+        assert new["image_similarity"] == pytest.approx(old["image_similarity"], abs=1e-4)
+        # of small differences of pictures: rounding, which is the processor's, shows more
+        assert new["direction_similarity"] == pytest.approx(old["direction_similarity"], abs=1e-3)
     judge.most = 0
     with pytest.raises(ModelError, match="judge: not even 1 at a time fit"):
         list(judge(rows.slice(0, 1)))
