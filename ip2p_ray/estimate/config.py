@@ -18,8 +18,7 @@ def _require(holds: bool, rule: str, value: object) -> None:
 
 
 def _require_amount(name: str, value: object) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    holds = number and 0 <= value < math.inf  # type: ignore[operator]
+    holds = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
     _require(holds, f"{name} is a finite number of at least 0", value)
 
 
