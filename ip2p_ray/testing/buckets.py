@@ -151,8 +151,9 @@ class FaultyWay:
             self.counts[fault] += 1
         if fault == "hang_up":
             return
+        struck = method in self.faults.methods
         refusal = (503, "SlowDown") if fault == "slow_down" else self.faults.refusal
-        if refusal is not None:
+        if refusal is not None and struck:
             writer.write(_refused(method, *refusal))
             await writer.drain()
             return
