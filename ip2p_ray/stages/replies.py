@@ -435,9 +435,8 @@ def _limits(asking: Asking, spent: Usage) -> Any:
     caps = (told.requests_per_minute, told.tokens_per_minute, told.max_tokens, told.max_usd)
     if not any(cap is not None for cap in caps):
         return None
-    made = run.beside_driver(SharedLimits)
     calls = 2 * asking.actors * asking.concurrency + 16
-    return made.options(max_concurrency=calls).remote(told, spent)
+    return run.beside_driver(SharedLimits, max_concurrency=calls).remote(told, spent)
 
 
 def _journal(asking: Asking) -> Journal:

@@ -481,7 +481,8 @@ def nodes_for(resources: Resources) -> int:
     )
 
 
-def beside_driver(actor: Any) -> Any:
+def beside_driver(actor: Any, **options: Any) -> Any:
     """The actor class, whose actors live on the driver's node: a lost one takes none of them."""
     here = ray.get_runtime_context().get_node_id()
-    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
+    place = NodeAffinitySchedulingStrategy(here, soft=False)
+    return actor.options(scheduling_strategy=place, **options)
