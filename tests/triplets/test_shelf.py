@@ -245,8 +245,8 @@ def test_a_process_that_is_killed_loses_nothing_it_was_told_is_kept(
                 assert journal.get(key(number)) == reply("x" * (number % 977))
             assert journal.corrupt == 0
             start = max(numbers) + 10_000
-        for name, _ in objects.listing(uri):
-            assert objects.read(f"{uri}/{name}").endswith(b'"}\n')
+        for found in objects.listing(uri):
+            assert objects.read(f"{uri}/{found.name}").endswith(b'"}\n')
         if faulty:
             assert sum(way.counts[kind] for kind in ("slow_down", "hang_up", "lost", "cut")) > 0
 
