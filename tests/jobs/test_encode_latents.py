@@ -187,6 +187,7 @@ def test_kills_change_nothing(tiny_weights, tmp_path):
     assert LatentDataset(killed / "latents").pairs == 300
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
 def test_a_bucket_and_a_kill_on_a_bad_way_change_nothing(

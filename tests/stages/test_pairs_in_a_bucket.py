@@ -14,7 +14,7 @@ from ip2p_ray.schema import PAIRS, REJECTS, SCORES
 from ip2p_ray.testing import FaultyWay, WayFaults
 from ip2p_ray.testing.pairs import write_triplets
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 DRIVER = Path(__file__).parent / "pairs_driver.py"
 TRIPLETS = 28  # two parts of the driver's
