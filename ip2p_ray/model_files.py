@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
-
-import torch
 
 from ip2p_ray.errors import ModelError
 
@@ -80,16 +77,3 @@ def require_no_code(path: Path, what: str) -> None:
         raise ModelError(
             f"{what} {path.parent}: {path.name} names code of its own (auto_map), which is not run"
         )
-
-
-def read_state(path: Path) -> Any:
-    """What torch.save wrote for a later start of the same run: tensors, numbers, texts.
-
-    Raises:
-        ModelError: it holds anything else, or is cut.
-    """
-    try:
-        return torch.load(path, weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ModelError(f"{path} cannot be read: {reason}; delete it to start anew") from error

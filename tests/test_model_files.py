@@ -16,9 +16,9 @@ from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.dino import Dino
 from ip2p_ray.editor import Editor
 from ip2p_ray.errors import ModelError
-from ip2p_ray.miniature.fit import FitConfig, fit
+from ip2p_ray.miniature.fit import FitConfig, fit, read_state
 from ip2p_ray.miniature.weights import load_editor
-from ip2p_ray.model_files import read_state, require_safetensors
+from ip2p_ray.model_files import require_safetensors
 from ip2p_ray.training.ema import Ema
 from ip2p_ray.training.state import TrainState
 from ip2p_ray.triplets.local_writer import LocalWriter

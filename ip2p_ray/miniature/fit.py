@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ip2p_ray.atomic import atomic_file, atomic_folder
+from ip2p_ray.errors import ModelError
 from ip2p_ray.miniature import parallel
 from ip2p_ray.miniature.pace import Pace
-from ip2p_ray.model_files import read_state
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,19 @@ def fit(
     module.eval()
     total = seconds + time.monotonic() - started
     return {"steps": float(config.steps), "seconds": round(total, 1), **figures}
+
+
+def read_state(path: Path) -> Any:
+    """What torch.save wrote for a later start of the same run: tensors, numbers, texts.
+
+    Raises:
+        ModelError: it holds anything else, or is cut.
+    """
+    try:
+        return torch.load(path, weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ModelError(f"{path} cannot be read: {reason}; delete it to start anew") from error
 
 
 def save_module(module: Any, folder: Path) -> None:

@@ -21,10 +21,10 @@ from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.diffusion.noise import NoiseSchedule
 from ip2p_ray.miniature import parallel
 from ip2p_ray.miniature.feed import captions, pictures, scene_batch, step_random
-from ip2p_ray.miniature.fit import FitConfig, fit
+from ip2p_ray.miniature.fit import FitConfig, fit, read_state
 from ip2p_ray.miniature.pace import Pace
 from ip2p_ray.miniature.scenes import Scene
-from ip2p_ray.model_files import SAFETENSORS, read_state
+from ip2p_ray.model_files import SAFETENSORS
 
 SCHEDULER: dict[str, Any] = {
     "_class_name": "EulerAncestralDiscreteScheduler",

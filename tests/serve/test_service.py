@@ -329,14 +329,9 @@ def test_replicas_come_with_requests_and_go_to_none(url, serving):
     )
     wait_until(lambda: not editor_pids(), why="no replica without requests")
     assert httpx.get(f"{url}/readyz").status_code == 200
-    answers = []
-    asker = threading.Thread(
-        target=lambda: answers.extend(asyncio.run(ask_all(url, 16, steps=300)))
-    )
-    asker.start()
-    wait_until(lambda: len(editor_pids()) == 2, why="two replicas under load")
-    asker.join()
-    assert {answer.status for answer in answers} == {200}
+    with under_load(url) as statuses:
+        wait_until(lambda: len(editor_pids()) == 2, why="two replicas under load")
+    assert set(statuses) == {200}
     wait_until(lambda: not editor_pids(), why="no replica again")
 
 
