@@ -3,6 +3,7 @@
     {"time": "2026-01-31T12:00:00.000+00:00", "level": "info", "message": "...",
      "job": "generate_pairs", "dataset": "candidates", "stage": "pairs", "part": "2 of 7"}
 
+Those of an actor name it ("actor"), those of a file of a dataset that file ("shard").
 No line holds a prompt, a picture or a key: that is for whoever writes it.
 """
 
@@ -49,9 +50,19 @@ def about_error(error: Exception) -> dict[str, str]:
     return {**vars(error).get(_OF_AN_ERROR, {})}
 
 
-def belong(**names: str) -> None:
-    """All lines of this process are of these names, unless a block says otherwise."""
+def follow(**names: str) -> None:
+    """All lines of this process of Ray's are of these names, unless a block says otherwise.
+
+    Where lines are objects they go to stderr, which Ray keeps in a file for each process. Else they
+    go nowhere.
+    """
     _OF_THE_PROCESS.update(names)
+    ours = logging.getLogger("ip2p_ray")
+    if wants_json() and not ours.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonLines())
+        ours.addHandler(handler)
+        ours.setLevel(logging.DEBUG)
 
 
 def names() -> dict[str, str]:
@@ -67,13 +78,14 @@ def wants_json() -> bool:
 def configure(stream: TextIO) -> None:
     """Sends this package's lines to the stream, and of other libraries only errors.
 
-    To be called once, in a process whose logging nobody has set up.
+    Objects are for programs, which get the lines of every shard too. To be called once, in a
+    process whose logging nobody has set up.
     """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger().setLevel(logging.ERROR)
-    logging.getLogger("ip2p_ray").setLevel(logging.INFO)
+    logging.getLogger("ip2p_ray").setLevel(logging.DEBUG if wants_json() else logging.INFO)
     logging.captureWarnings(True)
     if wants_json():
         sys.excepthook = _log_uncaught

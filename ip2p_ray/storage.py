@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ip2p_ray import __version__, files, objects, parquet
+from ip2p_ray import __version__, files, logs, objects, parquet
 from ip2p_ray.atomic import atomic_file, remove_folder, remove_leftovers
 from ip2p_ray.errors import ConfigError, DatasetError, StorageError
 from ip2p_ray.schema import SCHEMA_VERSION
@@ -241,7 +241,8 @@ def open_parquet(uri: str | Path) -> Iterator[pq.ParquetFile]:
 
 def read_table(uri: str | Path, **options: Any) -> pa.Table:
     """A shard as `ip2p_ray.parquet` reads it."""
-    return parquet.read_table(opened(uri), uri, **options)
+    with logs.about(shard=Path(uri).name):
+        return parquet.read_table(opened(uri), uri, **options)
 
 
 def arrow_place(uri: str | Path) -> tuple[Any, str]:
@@ -273,6 +274,12 @@ def files_at(uri: str | Path) -> list[files.File]:
 
 def write_shard(uri: str | Path, name: str, table: pa.Table) -> None:
     """The table as the shard `<uri>/<name>.parquet`, atomically."""
+    with logs.about(shard=f"{name}.parquet"):
+        _write_shard(uri, name, table)
+        logger.debug("%d rows are written", table.num_rows)
+
+
+def _write_shard(uri: str | Path, name: str, table: pa.Table) -> None:
     if objects.is_object(uri):
         whole = pa.BufferOutputStream()
         pq.write_table(table, whole)

@@ -120,6 +120,42 @@ def test_every_line_of_a_run_is_an_object_that_names_the_dataset(tmp_path):
     assert any(message.startswith("candidates: kept 5 of 5") for message in messages)
 
 
+FOLLOW = """
+import sys
+import pyarrow as pa
+from ip2p_ray import logs, storage
+
+logs.follow(dataset="pairs", stage="pairs", actor="Generate")
+storage.write_shard(sys.argv[1], "pairs-00000", pa.table({"key": ["a", "b"]}))
+try:
+    with logs.about(dataset="latents"):
+        storage.read_table(sys.argv[1] + "/broken.parquet")
+except pa.ArrowInvalid as error:
+    print(logs.about_error(error))
+"""
+
+
+@pytest.mark.parametrize("kind", ["json", "text"])
+def test_a_process_of_rays_has_its_lines_and_they_name_the_shard(tmp_path, kind):
+    (tmp_path / "broken.parquet").write_bytes(b"no Parquet")
+    done = subprocess.run(
+        [sys.executable, "-c", FOLLOW, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "IP2P_LOG": kind},
+        timeout=250,
+    )
+    names = {"dataset": "pairs", "stage": "pairs", "actor": "Generate"}
+    if kind == "json":
+        (line,) = [json.loads(line) for line in done.stderr.splitlines()]
+        del line["time"]
+        told = {"level": "debug", "message": "2 rows are written"}
+        assert line == {**told, **names, "shard": "pairs-00000.parquet"}
+    else:
+        assert done.stderr == ""
+    assert done.stdout.strip() == str({"dataset": "latents", "shard": "broken.parquet"})
+
+
 def test_for_people_lines_stay_text(tmp_path):
     lines = lines_of(tmp_path)
     assert lines[0] == "to begin with"

@@ -21,7 +21,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ip2p_ray import storage
+from ip2p_ray import logs, storage
 from ip2p_ray.checkpoint import set_aside_broken
 from ip2p_ray.copies import local_folder, room_for_dataset
 from ip2p_ray.diffusion.model import StableDiffusion
@@ -315,7 +315,7 @@ def _train_in_workers(told: TrainingRun, resources: run.Resources, board: Any) -
     try:
         TorchTrainer(
             train_on_worker,
-            train_loop_config={"told": told, "board": board},
+            train_loop_config={"told": told, "board": board, "about": logs.names()},
             scaling_config=ray.train.ScalingConfig(
                 use_gpu=resources.gpus > 0,
                 resources_per_worker=resources.of_worker,

@@ -45,6 +45,9 @@ INDEX = "model_index.json"
 
 Data = LatentDataset | PictureDataset
 
+_AGREEMENTS = 3
+"""How often workers look for the newest checkpoint until all have the same."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -203,6 +206,30 @@ def restored(
     if found is not None:
         load_checkpoint(found, state)
     return model, state
+
+
+def restored_alike(
+    told: TrainingRun, device: str | torch.device, *, rank: int
+) -> tuple[StableDiffusion, TrainState]:
+    """As `restored`, for all ranks at the same step.
+
+    A machine may hold a sound copy of a checkpoint that another finds broken in the bucket. It is
+    none from then on, so that whoever asks again finds the one before.
+
+    Raises:
+        StageError: the ranks' steps differ still.
+    """
+    for _ in range(_AGREEMENTS):
+        model, state = restored(told, device, writes=rank == 0)
+        steps = torch.tensor([state.step, -state.step], device=device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
+        if steps[0] == -steps[1]:
+            return model, state
+    raise StageError(
+        f"training: workers found checkpoints of steps {-int(steps[1])} to {int(steps[0])} of "
+        f"{told.checkpoints}; run the same command again"
+    )
 
 
 def save(told: TrainingRun, state: TrainState) -> None:

@@ -16,7 +16,7 @@ import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
 
-from ip2p_ray import storage
+from ip2p_ray import logs, storage
 from ip2p_ray.checkpoint import (
     latest_checkpoint,
 )
@@ -37,7 +37,7 @@ from ip2p_ray.stages.training_run import (
     forget_after,
     forget_here,
     note,
-    restored,
+    restored_alike,
     save,
     upload,
 )
@@ -75,6 +75,8 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
     Raises:
         StageError: the device has too little memory; says what to change.
     """
+    rank = ray.train.get_context().get_world_rank()
+    logs.follow(**arguments["about"], actor=f"worker {rank}")
     too_large = None
     try:
         _train(arguments["told"], arguments["board"])
@@ -93,7 +95,7 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
 def _train(told: TrainingRun, board: Any) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    model, state = restored(told, get_device(), writes=rank == 0)
+    model, state = restored_alike(told, get_device(), rank=rank)
     data = told.source.open(model)
     if told.carried.validate_every is not None and not len(data.of("held_out")):
         raise ConfigError(f"{told.source.uri} has no held-out pairs: leave out --validate-every")
@@ -186,6 +188,7 @@ class _Watch:
             began = time.monotonic()
             save(self.told, self.state)
             self.metrics.saved(time.monotonic() - began)
+            logger.debug("the checkpoint of step %d is saved", metrics.step)
 
     def _validate(self) -> float:
         config, carried = self.told.config, self.told.carried

@@ -15,6 +15,8 @@ from ip2p_ray import logs
 from ip2p_ray.stages.memory import own_peak_bytes
 from ip2p_ray.stages.metrics import ActorMetrics
 
+logger = logging.getLogger(__name__)
+
 Verdicts = Callable[[pa.Table], Counter[str | None]]
 """Counts of what a table says was judged, by the reason of rejects; None for what was kept."""
 
@@ -78,8 +80,8 @@ def watched(callable_class: type, judged: Verdicts | None = None) -> type:
 
     class Watched(callable_class):  # type: ignore[misc]
         def __init__(self, *, watching: Any, about: Mapping[str, str], **arguments: Any) -> None:
+            logs.follow(**about, actor=callable_class.__name__)
             logging.getLogger("ip2p_ray").addHandler(_Telling(watching))
-            logs.belong(**about, actor=callable_class.__name__)
             super().__init__(**arguments)
             self._watching = watching
             self._metrics = ActorMetrics(about.get("dataset", ""), callable_class.__name__)
@@ -98,6 +100,7 @@ def watched(callable_class: type, judged: Verdicts | None = None) -> type:
                 self._metrics.judged(found)
                 yield table
                 began = time.monotonic()
+            logger.debug("a batch of %d rows took %.2f s", batch.num_rows, busy)
             peak = own_peak_bytes()
             self._watching.note.remote(callable_class.__name__, peak, busy)
             if verdicts:

@@ -1,6 +1,9 @@
 """A run in a bucket, as its workers have it; what Ray does with them is in test_training."""
 
+import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -179,3 +182,37 @@ def test_checkpoints_of_another_run_are_not_gone_on_with(told):
     trained(told, 2)
     with pytest.raises(ConfigError, match="made differently"):
         restored(replace(told, recipe="other"), "cpu")
+
+
+RESTORE = """
+import pickle
+import sys
+from pathlib import Path
+import torch
+from ip2p_ray.stages.training_run import restored_alike
+
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+)
+told = pickle.loads((folder / f"told-{rank}").read_bytes())
+print(restored_alike(told, "cpu", rank=rank)[1].step)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_all_go_back_where_one_finds_the_newest_broken_in_the_bucket(told, tmp_path):
+    trained(told, 4)
+    broken = storage.join(told.checkpoints, "step-00000004", "unet.safetensors")
+    content = storage.read_bytes(broken)
+    objects.write(broken, content[:-1] + bytes([content[-1] ^ 1]))
+    assert restored(told, "cpu")[1].step == 4  # this machine has it still
+    for rank, one in enumerate((told, on_another_machine(told, tmp_path, 1))):
+        (tmp_path / f"told-{rank}").write_bytes(pickle.dumps(one))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RESTORE, tmp_path, str(rank)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=250)[0] for rank in ranks] == ["2\n", "2\n"]
