@@ -175,7 +175,7 @@ def test_only_one_module_replaces_files_and_folders():
 GUARDED = {
     **dict.fromkeys(("ParquetFile", "read_table", "read_schema", "read_metadata"), "parquet"),
     **dict.fromkeys(("open_file", "open_stream", "ParquetDataset", "read_pandas"), "parquet"),
-    **dict.fromkeys(("torch.load", "jit.load", "pickle.load", "pickle.loads"), "model_files"),
+    **dict.fromkeys(("torch.load", "jit.load", "pickle.load", "pickle.loads"), "miniature.fit"),
     **dict.fromkeys(("cloudpickle.loads", "joblib.load", "np.load", "numpy.load"), "nothing"),
 }
 """Calls that can run what is in a file, by the end of their names, and the module that may."""

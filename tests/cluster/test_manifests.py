@@ -223,6 +223,7 @@ def test_pools_start_from_zero_and_say_what_they_are():
     assert [group["groupName"] for group in small["spec"]["workerGroupSpecs"]] == ["cpu"]
 
 
+@pytest.mark.filterwarnings("ignore")  # of Ray's own modules, while they are imported
 def test_start_parameters_are_flags_of_ray_start():
     from ray.scripts.scripts import start
 
