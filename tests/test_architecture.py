@@ -238,7 +238,7 @@ def test_a_planted_reader_is_caught(call):
     [
         ("pq.ParquetFile(path)", "parquet"),
         ("parquet.read_table(path)", "stages.pairs"),
-        ("torch.load(path, weights_only=True)", "model_files"),
+        ("torch.load(path, weights_only=True)", "miniature.fit"),
         ("AutoModel.from_pretrained(folder, **SAFETENSORS, **NO_CODE)", "dino"),
         ("CLIPTokenizer.from_pretrained(folder)", "dino"),
     ],
