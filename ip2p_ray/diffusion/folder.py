@@ -80,6 +80,7 @@ def write_parts(folder: Path, parts: Mapping[str, Any], *, pipeline: str) -> Non
     `parts` has the names of PARTS, the scheduler being its config; `pipeline` is the class that
     diffusers builds from the folder. A folder that was there is replaced.
     """
+    _forget_last_call(parts["tokenizer"])
     with atomic_folder(folder) as new:
         for name in ("unet", "vae", "text_encoder", "tokenizer"):
             parts[name].save_pretrained(new / name)
@@ -90,6 +91,14 @@ def write_parts(folder: Path, parts: Mapping[str, Any], *, pipeline: str) -> Non
         (new / "scheduler").mkdir()
         _write_json(new / "scheduler" / "scheduler_config.json", parts["scheduler"])
         _write_json(new / "model_index.json", _model_index(parts, pipeline))
+
+
+def _forget_last_call(tokenizer: Any) -> None:
+    """A tokenizer that has worked would be saved with the padding that it was asked for last."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
 
 
 def _check_source(source: str) -> None:

@@ -124,3 +124,17 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path: Path) -> None:
         model.save(folder)
     assert StableDiffusion.load(folder).fingerprint() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_has_worked_is_saved_as_one_that_has_not(tmp_path: Path) -> None:
+    model = tiny_stable_diffusion()
+    model.save(tmp_path / "before")
+    model.encode_text(["make it night"])
+    model.save(tmp_path / "after")
+    names = [
+        path.relative_to(tmp_path / "before") for path in (tmp_path / "before").rglob("*.json")
+    ]
+    assert len(names) > 4
+    for name in names:
+        before, after = (tmp_path / place / name for place in ("before", "after"))
+        assert before.read_bytes() == after.read_bytes(), name
