@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from ip2p_ray.errors import ConfigError, DatasetError, ImageError, StageError
 from ip2p_ray.images import decode_image, fit_image
 from ip2p_ray.latents import TextForm, encode_instructions, encode_pairs
 from ip2p_ray.report import Report, duration, size
-from ip2p_ray.schema import LATENT_TEXTS, LATENTS, PAIRS
+from ip2p_ray.schema import LATENT_TEXTS, LATENTS
 from ip2p_ray.stages import plan, run
 
 _TEXTS = ("pair_key", "triplet_key", "instruction", "split")
@@ -150,10 +150,10 @@ def encode_latents(
             rows_per_block=max(resources.batch_size, -(-plan.count_rows(sources) // _MOST_BLOCKS)),
         )
         seconds = run.earlier_seconds(uri) + time.monotonic() - began
-        reasons = [
+        reasons = (
             "held_out" if split == "held_out" and not encoding.held_out else None
             for split in _splits(pairs)
-        ]
+        )
         return [Report.count("latents", reasons, seconds)]
 
     return run.make(uri, origin, encode)
@@ -287,10 +287,10 @@ def _require_pairs(pairs: str) -> None:
         raise StageError(f"latents: no pair of {pairs} is in the train split; make more pairs")
 
 
-def _splits(pairs: str) -> list[str]:
-    """The split of every pair."""
-    column: list[str] = storage.read_dataset(pairs, PAIRS, columns=["split"])["split"].to_pylist()
-    return column
+def _splits(pairs: str) -> Iterator[str]:
+    """The split of every pair, a shard in memory at a time."""
+    for shard in plan.shards(pairs):
+        yield from storage.read_table(shard, columns=["split"])["split"].to_pylist()
 
 
 def _told(picture: tuple[int, int]) -> str:

@@ -23,6 +23,7 @@ from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
 from ip2p_ray.stages import plan, run, vllm_writer
 from ip2p_ray.stages.captions import Shards
+from ip2p_ray.stages.ordering import in_order
 from ip2p_ray.stages.replies import (
     JUDGED,
     REPLIES,
@@ -37,7 +38,6 @@ from ip2p_ray.triplets.quality import Quality, Tally
 from ip2p_ray.triplets.reply import DUPLICATE, Triplet
 from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
 
-_PART_ROWS = 50_000
 _ROWS_AT_ONCE = 1_000  # as objects a row takes ten times the memory that it takes in a table
 
 
@@ -269,13 +269,8 @@ def _judged(replies: str) -> Iterator[tuple[dict[str, Any], str | None]]:
 
 
 def _in_order(replies: str) -> Iterator[dict[str, Any]]:
-    """The rows of REPLIES by their keys; a part of all keys is in memory at a time."""
+    """The rows of REPLIES by their keys."""
     rows = storage.read_manifest(replies).rows
-    shards = plan.shards(replies)
-    parts = max(1, -(-rows // _PART_ROWS))
-    bounds = [f"{number * 2**32 // parts:08x}" for number in range(parts)]
-    for low, high in zip(bounds, [*bounds[1:], "g"], strict=True):
-        within = [("caption_key", ">=", low), ("caption_key", "<", high)]
-        tables = [storage.read_table(shard, schema=REPLIES, filters=within) for shard in shards]
-        for batch in pa.concat_tables(tables).sort_by("caption_key").to_batches(_ROWS_AT_ONCE):
+    for table in in_order(plan.shards(replies), "caption_key", REPLIES, rows=rows):
+        for batch in table.to_batches(_ROWS_AT_ONCE):
             yield from batch.to_pylist()
