@@ -210,12 +210,12 @@ def histogram(bins: Bins, *, x_label: str, width: int = 420, height: int = 220) 
     if ticks[0] <= bins.threshold <= ticks[-1]:
         x = place(bins.threshold)
         parts.append(
-            f'<line x1="{x}" y1="{top - 8}" x2="{x}" y2="{height - bottom}" '
+            f'<line x1="{x}" y1="{top - 20}" x2="{x}" y2="{height - bottom}" '
             f'style="stroke:{COLOURS[1]};stroke-width:2"/>'
         )
         side = "end" if x > width / 2 else "start"
         gap = -6 if side == "end" else 6
-        parts.append(_text(x + gap, top, f"at least {bins.threshold:.3g}", side))
+        parts.append(_text(x + gap, top - 10, f"at least {bins.threshold:.3g}", side))
     parts.append(_text(width / 2, height - 8, name, "middle"))
     return Markup("".join([*parts, "</svg>"]))
 
