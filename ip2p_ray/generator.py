@@ -77,7 +77,7 @@ class Holding:
     decode_batch: int | None = None
     """Pictures that are decoded at a time; None is as many as candidates."""
     channels_last: bool = False
-    """Lay the weights out by pixel, which convolutions on GPUs prefer."""
+    """Lay the weights out by pixel; in bfloat16 on an H200 that is slower (LOG.md, 2026-11-27)."""
     compile: bool = False
     """Compile the UNet, once for a batch of this size; a smaller one is filled up."""
 

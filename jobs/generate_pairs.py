@@ -4,7 +4,7 @@
     python jobs/generate_pairs.py --triplets /shared/run/triplets --out /shared/run --dry-run \
         --preset paper --dtype bfloat16 --gpus 1 --actors 8 --batch-size 16
     ray job submit --working-dir . -- python jobs/generate_pairs.py --preset fast \
-        --triplets /shared/run/triplets --out /shared/run --dtype bfloat16 --channels-last \
+        --triplets /shared/run/triplets --out /shared/run --dtype bfloat16 \
         --gpus 1 --actors 2 --most-actors 16 --batch-size 16
     ray job submit --working-dir . -- python jobs/generate_pairs.py --preset fast \
         --triplets s3://bucket/run/triplets --out s3://bucket/run --dtype bfloat16 \
@@ -103,9 +103,9 @@ class GeneratePairs:
     decode_batch: int | None = None
     """Pictures decoded at a time; by default all of a batch."""
     channels_last: bool = False
-    """Lay weights out as convolutions on GPUs prefer."""
+    """Lay weights out by pixel: on an H200 12 % slower."""
     compile: bool = False
-    """Compile the UNet for the batch size."""
+    """Compile the UNet for the batch size, which takes minutes: on an H200 1.4 times as fast."""
     cpu_actors: int = 0
     """Further processes that generate without a GPU, beside those with one."""
     cpu_actor_cpus: float = 4.0

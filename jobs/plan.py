@@ -47,8 +47,9 @@ class Plan:
     device: str | None = None
     """Reckoned speeds of the paper's models: h200, h100, a100, l40s, l4, a10g or t4; with
     --measured only of the stages that the run does not have."""
-    utilisation: float = 0.3
-    """Share of --device's peak that is reached: an assumption."""
+    utilisation: float | None = None
+    """Share of --device's peak that all work reaches; by default what each kind of work reached on
+    an H200."""
     cluster: Cluster = field(default_factory=Cluster)
     """The processes that are there; one device each."""
     prices: Path | None = None

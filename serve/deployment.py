@@ -143,8 +143,9 @@ def load_editor(model: str | None, config: ReplicaConfig) -> Editor:
             torch.nn.Module.to(network, device=config.device, dtype=dtype)
     else:
         editor = Editor.load(local_folder(model), device=config.device, dtype=dtype)
-    for network in (editor.model.unet, editor.model.vae):
-        torch.nn.Module.to(network, memory_format=torch.channels_last)
+    if torch.device(config.device).type == "cpu":  # on an H200 it is slower
+        for network in (editor.model.unet, editor.model.vae):
+            torch.nn.Module.to(network, memory_format=torch.channels_last)
     # the first picture pays for what is compiled and allocated at first use
     side = editor.settings.resolution
     editor.edit(Image.new("RGB", (side, side)), "warm up", steps=1)

@@ -4,6 +4,7 @@ And what the tests that start Ray share: one small Ray, and one run of the whole
 """
 
 import os
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -18,6 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Serve's replicas report once in 10 s else, and a test of autoscaling waits for it several times.
 for reporter in ("REPLICA", "HANDLE"):
     os.environ.setdefault(f"RAY_SERVE_{reporter}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
+
+# A shell that starts the tests in the background has them and what they start ignore Ctrl-C, which
+# some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")

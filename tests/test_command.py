@@ -20,9 +20,12 @@ def test_ctrl_c_while_loading_ends_in_status_130_and_a_sentence():
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
-    assert process.stdout.readline() == "in\n"
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "in\n"
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert told == "job: stopped before it began\n"
 

@@ -1,9 +1,10 @@
-"""Speeds of devices that nobody measured here: reckoned from arithmetic, peaks and a utilisation.
+"""Speeds of devices: reckoned from arithmetic, peaks and the share of a peak that is reached.
 
-The operations are counted (torch's FlopCounterMode, attention as matrix products, a multiplication
-and an addition are two) on the shapes of Stable Diffusion 1.5 and of CLIP ViT-L/14, without running
-them. The peaks are those of the makers' data sheets for dense bfloat16 (float16 where there is
-none). What share of a peak is reached is an assumption, and the estimate is no better than it.
+The shares were measured on one device, an H200 (LOG.md, 2026-11-27). The operations are counted
+(torch's FlopCounterMode, attention as matrix products, a multiplication and an addition are two) on
+the shapes of Stable Diffusion 1.5 and of CLIP ViT-L/14, without running them. The peaks are those
+of the makers' data sheets for dense bfloat16 (float16 where there is none). That another device
+reaches the same shares of its own is an assumption, and the estimate is no better than it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,24 @@ PEAK_FLOPS = {
 }
 """Of a device, in a second: SXM where there are several."""
 
-UTILISATION = 0.3
-"""Share of the peak, by default. The paper's own training, 13.9 samples/s on an A100 in TF32 with
-the autoencoder in every step, was 11 % of that format's peak."""
+MEASURED_ON = "h200"
+
+SHARES = {
+    "sampling": 0.277,
+    "decoding": 0.187,
+    "judging": 0.043,
+    "encoding": 0.140,
+    "training": 0.093,
+    "answering": 0.247,
+}
+"""Of the peak, by kind of work, as measured in bfloat16, the judge in float32, and not compiled.
+
+Sampling and decoding 16 candidates of 512 pixels at a time (11.7 ms a step and 27 ms each), judging
+128 (8.3 ms), encoding 32 pairs of 256 pixels (7.9 ms a pair), training with the activations
+computed twice in micro-batches of 32 (125 samples/s; micro-batches of 64 without that: 257),
+answering 16 requests of 512 pixels at a time (10 ms a step). Compiled, sampling and decoding
+together reach 0.347.
+"""
 
 UNET_512 = 803.3e9
 """Operations of a row of the UNet on latents of 64 x 64, which are pictures of 512 pixels."""
@@ -46,34 +62,42 @@ UNET_PARAMETERS = 859_532_484
 PARAMETERS = UNET_PARAMETERS + 83_653_863 + 123_060_480
 
 
-def reckon(device: str, utilisation: float = UTILISATION, *, fixed_s: float = 120.0) -> Speeds:
+def reckon(device: str, utilisation: float | None = None, *, fixed_s: float = 120.0) -> Speeds:
     """Speeds of the paper's models on a device; `fixed_s` is what each stage takes beside its work.
+
+    `utilisation` is the share of the peak that all work reaches, by default SHARES.
 
     Raises:
         ConfigError: the device is not in the table, or the share is not in (0, 1].
     """
     if device not in PEAK_FLOPS:
         raise ConfigError(f"the devices are {', '.join(PEAK_FLOPS)}, got {device!r}")
-    if not 0 < utilisation <= 1:
+    if utilisation is not None and not 0 < utilisation <= 1:
         raise ConfigError(f"utilisation lies in (0, 1], got {utilisation}")
-    rate = PEAK_FLOPS[device] * utilisation
-    source = (
-        f"reckoned: {utilisation:.0%} of {PEAK_FLOPS[device] / 1e12:g} TFLOP/s of a {device}, "
-        "never measured"
-    )
+    peak = PEAK_FLOPS[device]
 
-    def speed(operations: float) -> Speed:
-        return Speed(seconds=operations / rate, source=source)
+    def speed(work: str, operations: float) -> Speed:
+        share = SHARES[work] if utilisation is None else utilisation
+        source = f"reckoned: {share:.0%} of {peak / 1e12:g} TFLOP/s of a {device}, "
+        if utilisation is not None:
+            source += "as given"
+        else:
+            source += (
+                f"as measured {'' if device == MEASURED_ON else f'on a {MEASURED_ON}'}".strip()
+            )
+        return Speed(seconds=operations / (peak * share), source=source)
 
     stages = ("triplets", "pairs", "latents", "training", "evaluation")
     return Speeds(
         caption=None,
-        candidate_step=speed(4 * UNET_512),  # source and edited picture, with and without text
-        candidate=speed(2 * DECODE_512),
-        judgement=speed(2 * (CLIP_IMAGE + TEXT)),
-        latent=speed(4 * ENCODE_256),  # both pictures, and both mirrored
-        sample=speed(TRAINED * UNET_256 + TEXT),
-        answer_step=speed(3 * UNET_512),
+        candidate_step=speed(
+            "sampling", 4 * UNET_512
+        ),  # source and edited picture, with and without text
+        candidate=speed("decoding", 2 * DECODE_512),
+        judgement=speed("judging", 2 * (CLIP_IMAGE + TEXT)),
+        latent=speed("encoding", 4 * ENCODE_256),  # both pictures, and both mirrored
+        sample=speed("training", TRAINED * UNET_256 + TEXT),
+        answer_step=speed("answering", 3 * UNET_512),
         score=EXPLODED,
         fixed=dict.fromkeys(stages, fixed_s),
         start=0.0,

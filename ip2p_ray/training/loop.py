@@ -74,7 +74,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     channels_last: bool = False
-    """Keep convolution weights channels-last, faster on most GPUs."""
+    """Keep convolution weights channels-last, faster on an H200 (LOG.md, 2026-11-27)."""
     lora_rank: int | None = None
     """Train only additions of this rank to the attention's projections, and conv_in; None trains
     every weight, as the paper does."""

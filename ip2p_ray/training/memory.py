@@ -85,7 +85,8 @@ def memory_plan(
     `latent` is (height, width) of the latents, `text` (token, channel) of an embedding, `frozen`
     the bytes of whatever else lies on the device. Where a worker `accumulates` gradients over
     micro-batches, those of the ones before are held beside the activations; `encoder` is the
-    autoencoder that encodes pictures in every step, None where there are latents.
+    autoencoder that encodes pictures in every step, None where there are latents; `device` is the
+    kind of device, "cpu" or "cuda".
     """
     shape: Any = unet.config
     wide = {**shape, "in_channels": 2 * int(shape["out_channels"])}
@@ -98,6 +99,8 @@ def memory_plan(
         _fill(fake)
         if config.gradient_checkpointing:
             fake.enable_gradient_checkpointing()
+        if config.bf16 and device == "cuda":
+            _norms_in_float32(fake)
         fake.train()
         weights = sum(p.numel() for p in fake.parameters()) * 4
         trained = sum(p.numel() for p in fake.parameters() if p.requires_grad) * 4
@@ -135,6 +138,13 @@ def _fill(module: torch.nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _norms_in_float32(module: torch.nn.Module) -> None:
+    """As CUDA's autocast computes them, and so keeps their inputs; the CPU's leaves bfloat16."""
+    for part in module.modules():
+        if isinstance(part, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            part.register_forward_pre_hook(lambda _, given: (given[0].float(),))
 
 
 def _encoding(encoder: Any, pictures: int, latent: tuple[int, int]) -> int:

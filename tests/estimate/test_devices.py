@@ -13,7 +13,28 @@ def test_a_device_of_twice_the_peak_takes_half_the_time():
     for name in ("candidate_step", "candidate", "judgement", "latent", "sample", "answer_step"):
         assert getattr(slow, name).seconds == pytest.approx(2 * getattr(fast, name).seconds)
         assert getattr(slow, name).source.startswith("reckoned: 30% of 312 TFLOP/s of a a100")
-        assert getattr(slow, name).source.endswith("never measured")
+        assert getattr(slow, name).source.endswith("as given")
+
+
+def test_the_measured_figures_come_out_for_the_device_that_they_were_measured_on():
+    """LOG.md, 2026-11-27: seconds of each unit of work on an H200."""
+    found = devices.reckon("h200")
+    measured = {
+        "candidate_step": 0.01172,
+        "candidate": 0.02725,
+        "judgement": 1 / 120.5,
+        "latent": 1 / 126.8,
+        "sample": 1 / 124.8,
+        "answer_step": 0.1967 / 20,
+    }
+    for name, seconds in measured.items():
+        assert getattr(found, name).seconds == pytest.approx(seconds, rel=0.02), name
+        assert getattr(found, name).source.endswith("of a h200, as measured")
+    other = devices.reckon("a100")
+    for name in measured:
+        ratio = getattr(other, name).seconds / getattr(found, name).seconds
+        assert ratio == pytest.approx(989 / 312)
+        assert getattr(other, name).source.endswith("of a a100, as measured on a h200")
 
 
 def test_a_sample_of_training_by_hand():

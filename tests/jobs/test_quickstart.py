@@ -100,9 +100,12 @@ def test_ctrl_c_while_the_libraries_load_ends_in_status_130_and_a_sentence(tmp_p
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, str(JOB), "--out", str(tmp_path / "out")]
     job = subprocess.Popen(command, text=True, cwd=ROOT, **pipes)
-    assert job.stdout.readline().endswith("loading the libraries\n")
-    job.send_signal(signal.SIGINT)
-    _, told = job.communicate(timeout=60)
+    try:
+        assert job.stdout.readline().endswith("loading the libraries\n")
+        job.send_signal(signal.SIGINT)
+        _, told = job.communicate(timeout=60)
+    finally:
+        job.kill()
     assert job.returncode == 130
     assert told == "quickstart: stopped before it began\n"
 
@@ -157,8 +160,6 @@ def start_until(command, reached, limit_s=240):
         text=True,
         cwd=ROOT,
         process_group=0,  # as in a terminal, where Ctrl-C reaches all of the group
-        # a shell that starts the tests in the background has them ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + limit_s
     while not reached():
