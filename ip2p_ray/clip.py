@@ -5,7 +5,8 @@ uint8 RGB -> float32 in [0, 1] -> bicubic, without antialiasing, straight to the
 input (nothing is cropped) -> minus the model's mean, divided by its std. That is what the reference
 filter does, so the paper's thresholds apply; it is not open_clip's own transform, which antialiases
 and crops, and whose cosines differ on finely textured images. Texts longer than the model's context
-are cut. All arithmetic is float32.
+are cut. All arithmetic is float32; on CUDA torch's own choice, TF32 for convolutions, is left as it
+is.
 """
 
 from __future__ import annotations
