@@ -15,15 +15,17 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
 
 JSON = "json"
 """Value of the environment variable IP2P_LOG that asks for objects."""
+
+T = TypeVar("T")
 
 _ABOUT: ContextVar[Mapping[str, str]] = ContextVar("about", default={})  # noqa: B039 - never changed
 _OF_THE_PROCESS: dict[str, str] = {}
@@ -45,6 +47,16 @@ def about(**names: str) -> Iterator[None]:
         _ABOUT.reset(before)
 
 
+@contextmanager
+def blamed(**names: str) -> Iterator[None]:
+    """An error that leaves the block is of these names (`about_error`); lines in it are not."""
+    try:
+        yield
+    except Exception as error:
+        vars(error).setdefault(_OF_AN_ERROR, {**_ABOUT.get(), **names})
+        raise
+
+
 def about_error(error: Exception) -> dict[str, str]:
     """What the innermost block was of that the error left."""
     return {**vars(error).get(_OF_AN_ERROR, {})}
@@ -53,9 +65,10 @@ def about_error(error: Exception) -> dict[str, str]:
 def follow(**names: str) -> None:
     """All lines of this process of Ray's are of these names, unless a block says otherwise.
 
-    Where lines are objects they go to stderr, which Ray keeps in a file for each process. Else they
-    go nowhere.
+    Where lines are objects they go to stderr, which Ray keeps in a file for each process, and
+    nowhere else. Else they go where Ray sends those of the process, if anywhere.
     """
+    _OF_THE_PROCESS.clear()
     _OF_THE_PROCESS.update(names)
     ours = logging.getLogger("ip2p_ray")
     if wants_json() and not ours.handlers:
@@ -63,6 +76,13 @@ def follow(**names: str) -> None:
         handler.setFormatter(JsonLines())
         ours.addHandler(handler)
         ours.setLevel(logging.DEBUG)
+        ours.propagate = False  # Ray Train writes the lines of its workers a second time
+
+
+def followed(about: Mapping[str, str], work: Callable[..., T], *arguments: Any) -> T:
+    """What the function returns, in a task of Ray's whose lines are of these names."""
+    follow(**about)
+    return work(*arguments)
 
 
 def names() -> dict[str, str]:

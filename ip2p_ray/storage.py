@@ -235,13 +235,13 @@ def opened(uri: str | Path) -> Any:
 def open_parquet(uri: str | Path) -> Iterator[pq.ParquetFile]:
     """A shard that is read by parts, of which few are in memory."""
     place = objects.ObjectFile(str(uri)) if objects.is_object(uri) else local_path(uri)
-    with files.open_parquet(place) as file:
+    with logs.blamed(shard=Path(uri).name), files.open_parquet(place) as file:
         yield file
 
 
 def read_table(uri: str | Path, **options: Any) -> pa.Table:
     """A shard as `ip2p_ray.parquet` reads it."""
-    with logs.about(shard=Path(uri).name):
+    with logs.blamed(shard=Path(uri).name):
         return parquet.read_table(opened(uri), uri, **options)
 
 
@@ -391,11 +391,12 @@ def count_rows(shard: str | Path) -> int:
     Raises:
         DatasetError: it is no whole Parquet file, or has a column of an extension type.
     """
-    try:
-        with parquet.opened(opened(shard), shard) as file:
-            return int(file.metadata.num_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"shard {shard} is no whole Parquet file: {error}") from error
+    with logs.blamed(shard=Path(shard).name):
+        try:
+            with parquet.opened(opened(shard), shard) as file:
+                return int(file.metadata.num_rows)
+        except (OSError, pa.ArrowException) as error:
+            raise DatasetError(f"shard {shard} is no whole Parquet file: {error}") from error
 
 
 def row_counts(shards: Sequence[str | Path]) -> list[int]:
@@ -456,8 +457,11 @@ def _is_shard(parts: Sequence[str]) -> bool:
 
 
 def _read(uri: str, schema: pa.Schema) -> pa.Table:
-    try:
-        file = parquet.opened(opened(uri), uri)
-        return file.read(columns=schema.names).select(schema.names).cast(schema)
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise DatasetError(f"shard {uri} does not have the expected columns: {error}") from error
+    with logs.blamed(shard=Path(uri).name):
+        try:
+            with parquet.opened(opened(uri), uri) as file:
+                return file.read(columns=schema.names).select(schema.names).cast(schema)
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            raise DatasetError(
+                f"shard {uri} does not have the expected columns: {error}"
+            ) from error

@@ -75,24 +75,20 @@ def reckon(device: str, utilisation: float | None = None, *, fixed_s: float = 12
     if utilisation is not None and not 0 < utilisation <= 1:
         raise ConfigError(f"utilisation lies in (0, 1], got {utilisation}")
     peak = PEAK_FLOPS[device]
+    known = "as measured" if device == MEASURED_ON else f"as measured on a {MEASURED_ON}"
+    if utilisation is not None:
+        known = "as given"
 
     def speed(work: str, operations: float) -> Speed:
         share = SHARES[work] if utilisation is None else utilisation
-        source = f"reckoned: {share:.0%} of {peak / 1e12:g} TFLOP/s of a {device}, "
-        if utilisation is not None:
-            source += "as given"
-        else:
-            source += (
-                f"as measured {'' if device == MEASURED_ON else f'on a {MEASURED_ON}'}".strip()
-            )
+        source = f"reckoned: {share:.0%} of {peak / 1e12:g} TFLOP/s of a {device}, {known}"
         return Speed(seconds=operations / (peak * share), source=source)
 
     stages = ("triplets", "pairs", "latents", "training", "evaluation")
     return Speeds(
         caption=None,
-        candidate_step=speed(
-            "sampling", 4 * UNET_512
-        ),  # source and edited picture, with and without text
+        # source and edited picture, with and without text
+        candidate_step=speed("sampling", 4 * UNET_512),
         candidate=speed("decoding", 2 * DECODE_512),
         judgement=speed("judging", 2 * (CLIP_IMAGE + TEXT)),
         latent=speed("encoding", 4 * ENCODE_256),  # both pictures, and both mirrored

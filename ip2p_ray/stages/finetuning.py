@@ -24,7 +24,7 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ip2p_ray import storage
+from ip2p_ray import logs, storage
 from ip2p_ray.copies import cache_folder, local_folder
 from ip2p_ray.errors import BudgetError, ConfigError, ReplyError, StageError
 from ip2p_ray.model_files import NO_CODE, SAFETENSORS, require_safetensors
@@ -126,7 +126,7 @@ def _fit(told: _Told, resources: run.Resources) -> list[Report]:
         with plan.counted(Progress("fine-tuning", total=steps, unit="steps")) as tally:
             TorchTrainer(
                 train_on_worker,
-                train_loop_config={"told": told, "tally": tally},
+                train_loop_config={"told": told, "tally": tally, "about": logs.names()},
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=resources.actors,
                     use_gpu=resources.gpus > 0,
@@ -147,6 +147,7 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
     told: _Told = arguments["told"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    logs.follow(**arguments["about"], actor=f"worker {rank}")
     device = get_device()
     loader: Any = AutoModelForCausalLM
     writer = local_folder(told.writer)

@@ -536,8 +536,7 @@ def _drop(uri: str) -> None:
     After a kill in between some rows come twice, of which one is kept, but none is missing.
     """
     storage.remove_all(run.resume_folder(uri))
-    for shard in storage.list_shards(uri):
-        storage.remove(shard)
+    storage.remove_shards(uri)
 
 
 def _judge(uri: str, rows: int, max_no_reply: float) -> None:

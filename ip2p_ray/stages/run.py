@@ -392,7 +392,7 @@ def guarded(name: str, work: Callable[[], object]) -> int:
             told = own_error(error)
             if told is None:
                 raise
-            with logs.about(**logs.about_error(error)):
+            with logs.about(**{**logs.about_error(error), **logs.about_error(told)}):
                 _say(name, sentence(told))
             return BUDGET_REACHED if isinstance(told, BudgetError) else 1
     return 0
@@ -464,9 +464,9 @@ def in_task(resources: Resources, work: Callable[..., Any], *arguments: Any) -> 
     Raises:
         Ip2pError: as the function.
     """
-    task: Any = ray.remote(**resources.of_task, max_retries=0)(work)
+    task: Any = ray.remote(**resources.of_task, max_retries=0)(logs.followed)
     try:
-        return ray.get(task.remote(*arguments))
+        return ray.get(task.remote(logs.names(), work, *arguments))
     except ray.exceptions.RayTaskError as error:
         raise own_error(error) or error from None
 

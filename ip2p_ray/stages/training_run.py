@@ -226,6 +226,7 @@ def restored_alike(
             torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
         if steps[0] == -steps[1]:
             return model, state
+        del model, state  # the device may have room for one only
     raise StageError(
         f"training: workers found checkpoints of steps {-int(steps[1])} to {int(steps[0])} of "
         f"{told.checkpoints}; run the same command again"

@@ -193,7 +193,7 @@ def _write_triplets(
     replies: str, triplets: str, held_out: float, writer: str, seconds: float
 ) -> tuple[Quality, Report]:
     """Writes rows of TRIPLETS in the order of the caption keys, and counts them."""
-    _clear(triplets)
+    storage.remove_shards(triplets)
     shards, tally = Shards(triplets, "triplets", TRIPLETS), Tally()
     reasons = []
     for row, reason in _judged(replies):
@@ -232,7 +232,7 @@ def _quality(triplets: str) -> Quality:
 
 
 def _write_rejects(replies: str, rejects: str) -> list[Report]:
-    _clear(rejects)
+    storage.remove_shards(rejects)
     shards = Shards(rejects, "rejects", REJECTS)
     for row, reason in _judged(replies):
         if reason is not None:
@@ -246,12 +246,6 @@ def _write_rejects(replies: str, rejects: str) -> list[Report]:
             )
     shards.close()
     return []
-
-
-def _clear(uri: str) -> None:
-    """Removes what a killed run left of a dataset."""
-    for shard in storage.list_shards(uri):
-        storage.remove(shard)
 
 
 def _judged(replies: str) -> Iterator[tuple[dict[str, Any], str | None]]:

@@ -30,6 +30,7 @@ def test_bad_flags_end_in_status_2_and_a_sentence(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_what_ray_costs_is_measured(tmp_path):
     told = tmp_path / "figures.json"
     asked = ["--triplets", 4, "--seconds", 0.2, "--real", 2, "--many", 40]

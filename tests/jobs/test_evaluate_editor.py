@@ -168,6 +168,7 @@ def test_ground_truth_with_turns_and_dino(flags, magic_brush, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(flags, tmp_path):
     asked = ["--tasks", 6, *flags]
     whole = run_job(*asked, "--out", tmp_path / "whole")
@@ -207,6 +208,7 @@ def test_a_bucket_that_is_not_there_is_told_before_a_model_is_loaded(bucket, tmp
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_everything_may_lie_in_a_bucket(flags, tiny_weights, magic_brush, bucket, tmp_path):
     storage.upload(tiny_weights, f"{bucket}/models/tiny")
     storage.upload(magic_brush, f"{bucket}/MagicBrush")

@@ -362,6 +362,7 @@ def differing(one, other):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_that_of_a_folder(asked, stored, bucket, tmp_path):
     watched = ["--validate-every", 4, "--sample-every", 8, "--samples", 2]
     done = run_job(*asked, *watched, "--out", tmp_path / "here")
