@@ -10,12 +10,12 @@ counts as work; else what is left of it is fixed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
-from ip2p_ray import notes, storage
+from ip2p_ray import notes, objects, storage
 from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.estimate.config import EXPLODED, Cluster, Sizes, Speed, Speeds, Workload
 
@@ -238,18 +238,21 @@ def _training(run: Run) -> Run:
         wall, device, before = wall + seconds, device + seconds * line["workers"], line["step"]
     samples = before * config["batch_size"]
     source = f"measured over {before:,} steps"
-    newest = max(storage.local_path(place).glob("step-*"), default=None)
-    editor = storage.local_path(place).parent / "editor"
-    sizes = {"editor": _folder_bytes(editor)} if editor.is_dir() else {}
-    if newest is not None:
-        sizes["checkpoint"] = _folder_bytes(newest)
+    editor = storage.join(place.rstrip("/").rpartition("/")[0], "editor")
+    sizes = {"editor": float(sum(size for _, size in _below(editor)))}
+    checkpoints: dict[str, float] = defaultdict(float)
+    for name, size in _below(place):
+        if name.startswith("step-"):
+            checkpoints[name.split("/")[0]] += size
+    if checkpoints:
+        sizes["checkpoint"] = checkpoints[max(checkpoints)]
     return _with(
         run,
         stage="training",
         speeds={"sample": Speed(seconds=device / samples, source=source)},
         busy=wall * config["steps"] / before,
         work={"train_steps": config["steps"], "batch_size": config["batch_size"]},
-        sizes=sizes,
+        sizes={name: size for name, size in sizes.items() if size},
     )
 
 
@@ -307,8 +310,16 @@ def _row_bytes(run: Run, name: str) -> float:
     return size / max(1, rows)
 
 
-def _folder_bytes(folder: Path) -> float:
-    return float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+def _below(uri: str) -> Iterator[tuple[str, int]]:
+    """Name below the URI and bytes of each file, or object."""
+    if storage.is_local(uri):
+        folder = storage.local_path(uri)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                yield path.relative_to(folder).as_posix(), path.stat().st_size
+    else:
+        for found in objects.listing(uri):
+            yield found.name, found.bytes
 
 
 def _metrics(place: str) -> list[dict[str, Any]]:

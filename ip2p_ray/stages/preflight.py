@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,11 +39,16 @@ PACKAGES = (
 
 _SILENT = logging.Logger(__name__, logging.CRITICAL)  # Ray tells of every ignore file it reads
 _NAMED = 8
+_SECRET = re.compile(
+    r"^\.env(\.|$)|^\.netrc$|^id_[a-z0-9]+$|^credentials|secret|\.(pem|key|p12|pfx|kdbx)$",
+    re.IGNORECASE,
+)
 _PROBE_S = 120.0
 
 _PROBE = (
     "import importlib.metadata as m, json, platform, sys; "
-    "have = {d.metadata['Name'].lower().replace('-', '_'): d.version for d in m.distributions()}; "
+    "have = {str(d.metadata['Name']).lower().replace('-', '_'): d.version "
+    "for d in m.distributions()}; "
     "print('preflight ' + json.dumps([platform.python_version(), "
     "{n: have.get(n, '') for n in sys.argv[1:]}]))"
 )
@@ -76,21 +82,30 @@ def travels(folder: Path) -> dict[str, int]:
 
 
 def check_package(folder: Path, *, most: int = MOST_BYTES, many: int = MANY_BYTES) -> list[Check]:
-    """Whether Ray takes the folder as a working directory; the largest files where it is large."""
+    """Whether Ray takes the folder as a working directory; the largest files where it is large.
+
+    Files whose names are those that secrets have are noted.
+    """
     if not folder.is_dir():
         return [Check("wrong", f"{folder} is no folder")]
     sizes = travels(folder)
     total = sum(sizes.values())
     told = f"{_mib(total)} in {len(sizes):,} files travel from {folder}"
+    secret = sorted(name for name in sizes if _SECRET.search(name.rpartition("/")[2]))
+    notes = [
+        Check("note", f"{name} travels too; if it is secret, name it in .rayignore")
+        for name in secret[:_NAMED]
+    ]
     if total < many:
-        return [Check("fine", told)]
+        return [Check("fine", told), *notes]
     largest = sorted(sizes, key=lambda name: -sizes[name])[:_NAMED]
     names = ", ".join(f"{name} {_mib(sizes[name])}" for name in largest)
     if total < most:
-        return [Check("note", f"{told}; the largest are {names}: .rayignore leaves files out")]
-    return [
-        Check("wrong", f"{told}, Ray takes less than {_mib(most)}; name in .rayignore: {names}")
-    ]
+        check = Check("note", f"{told}; the largest are {names}: .rayignore leaves files out")
+    else:
+        text = f"{told}, Ray takes less than {_mib(most)}; name in .rayignore: {names}"
+        check = Check("wrong", text)
+    return [check, *notes]
 
 
 def check_storage(uri: str) -> Check:
@@ -112,7 +127,9 @@ def check_storage(uri: str) -> Check:
 
 
 def check_pins(pins: Mapping[str, str], have: Mapping[str, str], where: str) -> list[Check]:
-    """Packages of PACKAGES that are of another version `where` than the project's pins."""
+    """Packages of PACKAGES that are of another version `where` than the pins, if there are any."""
+    if not pins:
+        return []
     other = [
         f"{name} {have.get(name) or 'missing'} (pinned {pins[name]})"
         for name in PACKAGES
@@ -141,7 +158,7 @@ def read_pins(path: Path) -> dict[str, str]:
 
 def installed() -> dict[str, str]:
     """Version by package, of PACKAGES, in this environment."""
-    found = {_normal(each.metadata["Name"]): each.version for each in metadata.distributions()}
+    found = {_normal(str(each.metadata["Name"])): each.version for each in metadata.distributions()}
     return {name: found[name] for name in PACKAGES if name in found}
 
 
@@ -177,19 +194,17 @@ def check_cluster(
 
 
 def _probed(address: str, pins: Mapping[str, str], patience_s: float) -> Iterator[Check]:
-    client = JobSubmissionClient(address)
-    command = ["python", "-c", _PROBE, *PACKAGES]
-    job = client.submit_job(entrypoint=shlex.join(command))
-    deadline = time.monotonic() + patience_s
-    while not client.get_job_status(job).is_terminal():
-        if time.monotonic() > deadline:
-            client.stop_job(job)
-            yield Check("wrong", f"{address}: a job did not end in {patience_s:g} s; is it full?")
-            return
-        time.sleep(0.5)
-    logs = client.get_job_logs(job).splitlines()
+    try:
+        status, logs = _asked(JobSubmissionClient(address), patience_s)
+    except (RuntimeError, OSError) as error:  # what Ray's client raises, requests' errors included
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Check("wrong", f"{address}: a job cannot be submitted: {reason}")
+        return
+    if not status.is_terminal():
+        yield Check("wrong", f"{address}: a job did not end in {patience_s:g} s; is it full?")
+        return
     told = [line.removeprefix("preflight ") for line in logs if line.startswith("preflight [")]
-    if client.get_job_status(job) != JobStatus.SUCCEEDED or not told:
+    if status != JobStatus.SUCCEEDED or not told:
         yield Check("wrong", f"{address}: a job failed: {' '.join(logs[-3:])}")
         return
     python, have = json.loads(told[-1])
@@ -199,6 +214,19 @@ def _probed(address: str, pins: Mapping[str, str], patience_s: float) -> Iterato
     else:
         yield Check("fine", f"{address} ran a job, in Python {python}")
     yield from check_pins(pins, have, f"the cluster at {address}")
+
+
+def _asked(client: JobSubmissionClient, patience_s: float) -> tuple[JobStatus, list[str]]:
+    """How the job that prints versions ended, and its lines; one that takes longer is stopped."""
+    command = ["python", "-c", _PROBE, *PACKAGES]
+    job = client.submit_job(entrypoint=shlex.join(command))
+    deadline = time.monotonic() + patience_s
+    while not (status := client.get_job_status(job)).is_terminal():
+        if time.monotonic() > deadline:
+            client.stop_job(job)
+            return status, []
+        time.sleep(0.5)
+    return status, client.get_job_logs(job).splitlines()
 
 
 def _make_folders(uri: str) -> Sequence[Path]:

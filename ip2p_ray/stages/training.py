@@ -344,16 +344,21 @@ def _watched(progress: TrainingProgress) -> Iterator[Any]:
     """An actor that the first worker tells its step, shown while the block runs."""
     board = run.beside_driver(Board).remote()
     asked: list[Any] = []
+    warned = 0
 
     def poll() -> int:
+        nonlocal warned
         metrics.progressed(attempts.reached())
         if not asked:
             asked.append(board.read.remote())
         if ray.wait(asked, timeout=0)[0]:
             try:
-                step, progress.measured = ray.get(asked.pop())
+                step, progress.measured, warnings = ray.get(asked.pop())
             except ray.exceptions.RayActorError:
                 return progress.done
+            for text in warnings[warned:]:
+                logger.warning("training: %s", text)
+            warned = len(warnings)
             return max(step, progress.done)
         return progress.done
 

@@ -41,6 +41,7 @@ from ip2p_ray.stages.training_run import (
     save,
     upload,
 )
+from ip2p_ray.stages.watching import Telling
 from ip2p_ray.training.feed import CENTRE
 from ip2p_ray.training.loop import Metrics, train
 from ip2p_ray.training.sinks import Sink, open_sinks
@@ -55,18 +56,23 @@ _TELL_EVERY_S = 0.5
 
 @ray.remote(num_cpus=0)
 class Board:
-    """What the first worker said last, for the driver to show."""
+    """What the first worker said last, and what any warned of, for the driver to show."""
 
     def __init__(self) -> None:
         self._step, self._measured = 0, ""
+        self._warnings: dict[str, None] = {}
 
     def put(self, step: int, measured: str) -> None:
         """The step that is done, and what to say of it."""
         self._step, self._measured = step, measured
 
-    def read(self) -> tuple[int, str]:
-        """What was put last."""
-        return self._step, self._measured
+    def warn(self, text: str) -> None:
+        """Something that a person should know; all workers may say the same."""
+        self._warnings[text] = None
+
+    def read(self) -> tuple[int, str, tuple[str, ...]]:
+        """What was put last, and all warnings in the order in which they came."""
+        return self._step, self._measured, tuple(self._warnings)
 
 
 def train_on_worker(arguments: Mapping[str, Any]) -> None:
@@ -77,6 +83,7 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
     """
     rank = ray.train.get_context().get_world_rank()
     logs.follow(**arguments["about"], actor=f"worker {rank}")
+    logging.getLogger("ip2p_ray").addHandler(Telling(arguments["board"]))
     too_large = None
     try:
         _train(arguments["told"], arguments["board"])

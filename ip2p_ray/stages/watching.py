@@ -81,7 +81,7 @@ def watched(callable_class: type, judged: Verdicts | None = None) -> type:
     class Watched(callable_class):  # type: ignore[misc]
         def __init__(self, *, watching: Any, about: Mapping[str, str], **arguments: Any) -> None:
             logs.follow(**about, actor=callable_class.__name__)
-            logging.getLogger("ip2p_ray").addHandler(_Telling(watching))
+            logging.getLogger("ip2p_ray").addHandler(Telling(watching))
             super().__init__(**arguments)
             self._watching = watching
             self._metrics = ActorMetrics(about.get("dataset", ""), callable_class.__name__)
@@ -111,10 +111,13 @@ def watched(callable_class: type, judged: Verdicts | None = None) -> type:
     return Watched
 
 
-class _Telling(logging.Handler):
-    def __init__(self, tally: Any) -> None:
+class Telling(logging.Handler):
+    """Sends warnings to an actor that shows them: to its method `warn`."""
+
+    def __init__(self, shows: Any) -> None:
         super().__init__(logging.WARNING)
-        self._tally = tally
+        self._shows = shows
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._tally.warn.remote(self.format(record))
+        """One more."""
+        self._shows.warn.remote(self.format(record))

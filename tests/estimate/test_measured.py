@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from ip2p_ray import filtering, notes
+from ip2p_ray import filtering, notes, storage
 from ip2p_ray.errors import ConfigError, DatasetError
 from ip2p_ray.estimate import devices, measured
 from ip2p_ray.estimate.config import EXPLODED, Cluster
@@ -32,6 +32,17 @@ def test_speeds_by_hand(tmp_path):
     assert seconds["sample"] == pytest.approx((10 + 5) * 2 / 160)
     # two actors; after the first shard of each 20 answers came in 5 s, of 4 steps each
     assert seconds["answer_step"] == pytest.approx(5 / 20 * 2 / 4)
+
+
+def test_a_run_in_a_bucket_has_the_same_sizes_and_amounts(tmp_path, bucket):
+    here = read([made_run(tmp_path)], MADE_ON)
+    storage.upload(tmp_path, f"{bucket}/run")
+    there = read([f"{bucket}/run"], MADE_ON)
+    assert there.sizes == here.sizes
+    assert (there.sizes["checkpoint"], there.sizes["editor"]) == (4_000, 500)
+    assert workload(there, captions=7) == workload(here, captions=7)
+    for name in ("candidate_step", "sample"):
+        assert there.speeds[name].seconds == here.speeds[name].seconds
 
 
 def test_what_is_left_of_the_wall_time_is_fixed(tmp_path):

@@ -393,6 +393,17 @@ def test_a_run_in_a_bucket_is_that_of_a_folder(asked, stored, bucket, tmp_path):
     assert not differing(tree(f"{bucket}/run/editor"), tree(tmp_path / "here" / "editor"))
     assert list((cache / "runs").iterdir()) == []
 
+    broken = f"{bucket}/run/checkpoints/step-00000008/unet.safetensors"
+    content = storage.read_bytes(broken)
+    objects.write(broken, content[:-1] + bytes([content[-1] ^ 1]))
+    storage.remove(f"{bucket}/run/checkpoints/_manifest.json")
+    storage.remove_all(f"{bucket}/run/editor")
+    again = run_job(*stored, *watched, "--out", f"{bucket}/run")
+    assert again.returncode == 0, again.stderr
+    told = "step-00000008 differs from its checksums; goes on at the one before"
+    assert told in again.stdout  # a worker found it, and the driver says so
+    assert not differing(tree(f"{bucket}/run/editor"), tree(tmp_path / "here" / "editor"))
+
 
 def saved(run):
     """The steps of the checkpoints in a bucket."""

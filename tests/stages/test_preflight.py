@@ -90,6 +90,18 @@ def test_the_largest_files_of_a_large_folder_are_named(tmp_path):
     assert check == ("wrong", f"{tmp_path / 'none'} is no folder")
 
 
+@pytest.mark.parametrize(
+    "name", [".env", ".env.local", "deep/id_rsa", "tls.pem", "my-secrets.json"]
+)
+def test_what_is_named_as_secrets_are_is_noted(tmp_path, name):
+    for path in (name, "keys.py", "environment.md", "monkey.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("a")
+    fine, note = preflight.check_package(tmp_path)
+    assert (fine.state, note.state) == ("fine", "note")
+    assert note.text.startswith(f"{name} travels too")
+
+
 def test_rays_limit_is_the_one_that_is_known():
     assert preflight.MOST_BYTES == 512 << 20
 
@@ -130,6 +142,7 @@ def test_other_versions_than_the_pins_are_noted(tmp_path):
     assert preflight.check_pins(pins, built, "here")[0].state == "fine"
     with pytest.raises(ConfigError, match=r"none\.txt cannot be read"):
         preflight.read_pins(tmp_path / "none.txt")
+    assert preflight.check_pins({}, {}, "here") == []
 
 
 def test_every_package_that_is_compared_is_pinned_and_installed():
@@ -176,6 +189,15 @@ def test_who_answers_is_told(dashboard, status, content, told):
     [check] = preflight.check_cluster(f"http://127.0.0.1:{dashboard.server_port}", {})
     assert check.state == "wrong"
     assert told in check.text
+
+
+def test_a_cluster_that_takes_no_job_is_told(dashboard):
+    dashboard.answer = (200, json.dumps({"ray_version": ray.__version__}).encode())
+    address = f"http://127.0.0.1:{dashboard.server_port}"
+    fine, wrong = preflight.check_cluster(address, {})
+    assert (fine.state, wrong.state) == ("fine", "wrong")
+    assert wrong.text.startswith(f"{address}: a job cannot be submitted: ")
+    assert "\n" not in wrong.text
 
 
 def test_nobody_there_is_told():
