@@ -7,10 +7,10 @@
     ray job submit --working-dir . -- python jobs/plan.py --measured /shared/small --captions 450000
 
 Speeds are those of a run that was made (--measured, with --measured-on for the processes it had),
-or of a table that nobody measured (--device). No Ray and no model is needed. Amounts that are not
-given are those of the run, or else the paper's. --check tells how far the prediction of a second
-run was from what that run took. The status is 0, 1 where a run cannot be read and 2 for a wrong
-flag.
+or reckoned from what one H200 reached (--device). No Ray and no model is needed. Amounts that are
+not given are those of the run, or else the paper's. --check tells how far the prediction of a
+second run was from what that run took. The status is 0, 1 where a run cannot be read and 2 for a
+wrong flag.
 """
 
 from __future__ import annotations

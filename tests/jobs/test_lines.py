@@ -53,6 +53,15 @@ def parses(job, arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
+def shared(arguments, folder):
+    """The arguments with /shared in the folder, where everything is that they name."""
+    arguments = [word.replace("/shared", str(folder)) for word in arguments]
+    for flag, word in itertools.pairwise(arguments):
+        if word.startswith(str(folder)) and flag not in MADE:
+            Path(word).mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_every_job_has_the_line_that_submits_it_and_its_flags_are_known(job, tmp_path):
     found = lines(job)
@@ -61,19 +70,20 @@ def test_every_job_has_the_line_that_submits_it_and_its_flags_are_known(job, tmp
         ours, entrypoint = line[: line.index("--")], line[line.index("--") + 1 :]
         assert ours[:5] == ["ray", "job", "submit", "--working-dir", "."]
         assert entrypoint[:2] == ["python", f"jobs/{job}.py"]
-        arguments = [word.replace("/shared", str(tmp_path)) for word in entrypoint[2:]]
-        for flag, word in itertools.pairwise(arguments):
-            if word.startswith(str(tmp_path)) and flag not in MADE:
-                Path(word).mkdir(parents=True, exist_ok=True)
-        done = parses(job, arguments)
+        done = parses(job, shared(entrypoint[2:], tmp_path))
         assert done.returncode == PARSED, done.stderr
 
 
 @pytest.mark.parametrize("line", submissions((ROOT / "README.md").read_text()), ids=" ".join)
-def test_what_readme_submits_is_understood(line):
+def test_what_readme_submits_is_understood(line, tmp_path):
     _, job, *arguments = line[line.index("--") + 1 :]
-    done = parses(Path(job).stem, arguments)
+    done = parses(Path(job).stem, shared(arguments, tmp_path))
     assert done.returncode == PARSED, done.stderr
+
+
+def test_readme_submits_every_job():
+    lines = submissions((ROOT / "README.md").read_text())
+    assert {Path(line[line.index("--") + 2]).stem for line in lines} == set(JOBS)
 
 
 def test_a_flag_that_does_not_exist_is_noticed():
