@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from ip2p_ray import logs, storage
+from ip2p_ray import storage
 from ip2p_ray.errors import StageError
 from ip2p_ray.report import Report
 from ip2p_ray.rules import Rules, nothing_kept, reject_row
@@ -94,15 +94,13 @@ def _each_part(write_part: Callable[..., None], candidates: str, target: str) ->
     """Runs the function, as tasks, on the shards of each part of the candidates."""
     shards = plan.shards(candidates)
     parts = itertools.groupby(shards, key=lambda shard: PurePosixPath(shard).parent.name)
-    task: Any = ray.remote(num_cpus=plan.TASK_CPUS, max_retries=3)(logs.followed)
-    about = logs.names()
+    task = run.task_of(write_part, num_cpus=plan.TASK_CPUS, max_retries=3)
     running: list[Any] = []
     for name, inside in parts:
         if len(running) == _TASKS:
             done, running = ray.wait(running)
             ray.get(done)
-        part = name.removeprefix("part-")
-        running.append(task.remote({**about, "part": part}, write_part, list(inside), part, target))
+        running.append(task(list(inside), name.removeprefix("part-"), target))
     ray.get(running)
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -464,11 +465,17 @@ def in_task(resources: Resources, work: Callable[..., Any], *arguments: Any) -> 
     Raises:
         Ip2pError: as the function.
     """
-    task: Any = ray.remote(**resources.of_task, max_retries=0)(logs.followed)
+    task = task_of(work, **resources.of_task, max_retries=0)
     try:
-        return ray.get(task.remote(logs.names(), work, *arguments))
+        return ray.get(task(*arguments))
     except ray.exceptions.RayTaskError as error:
         raise own_error(error) or error from None
+
+
+def task_of(work: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Starts the function as a task of Ray's with such options; its lines are of what ours are."""
+    task: Any = ray.remote(**options)(logs.followed)
+    return partial(task.options(name=work.__name__).remote, logs.names(), work)
 
 
 def nodes_for(resources: Resources) -> int:
