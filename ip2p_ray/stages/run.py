@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ip2p_ray
@@ -164,7 +165,7 @@ def local_ray(
             "include_dashboard": False,
             "object_store_memory": max(256 << 20, min(store_bytes, _free_memory() // 3)),
         }
-    with _silent_stderr():
+    with _silent_stderr(), _on_loopback("address" in options):
         ray.init(**options)
     for name in ("ray", "ray.data", "ray.train"):
         # Whatever fails is raised as well; Ray would log it with its traceback before.
@@ -174,6 +175,21 @@ def local_ray(
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback(wanted: bool) -> Iterator[None]:
+    """A Ray that starts in the block is 127.0.0.1, as Ray has it on Windows and macOS.
+
+    Elsewhere it takes the machine's address in the network, where there is one, even of
+    `_node_ip_address`, and then all of its processes listen on every address.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = before and not wanted
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _free_memory() -> int:
