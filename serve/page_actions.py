@@ -27,6 +27,9 @@ KEPT = 24
 """Tries that the history holds."""
 PREVIEWS = 8
 SEEDS = 2**31
+STANDS = """(said, ...set) =>
+    set.map((value, place) => said && value === said[place][0] ? said[place][1] : value)"""
+"""Settings that nobody has touched stand where the service says; in the browser."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,15 +127,12 @@ class Page(Layout):
             **at_once,
         )
         self.onward.click(self.go_on, [self.download], [self.picture], **at_once)
-        checking: dict[str, Any] = {
-            "inputs": [self.key],
-            "outputs": [
-                *(self.key, self.stage, self.note),
-                *(self.text_scale, self.image_scale, self.steps),
-            ],
-            **private,
-        }
-        self.blocks.load(self.check, **checking)
+        sliders = [*settings, self.steps]
+        checked = self.blocks.load(
+            self.check, [self.key], [self.key, self.stage, self.note, self.said], **private
+        )
+        # in the browser, at once: an answer that brought values would take back what was set since
+        checked.then(None, [self.said, *sliders], sliders, js=STANDS, **at_once)
 
     async def check(self, key: str | None) -> dict[Any, Any]:
         """Whether the service is there, wants a key, and where its settings stand."""
@@ -145,14 +145,11 @@ class Page(Layout):
         model = models[0] if models else {}
         said = model.get("defaults")
         stands = said if isinstance(said, dict) else {}
-        sliders = {
-            "text_guidance_scale": self.text_scale,
-            "image_guidance_scale": self.image_scale,
-            "steps": self.steps,
-        }
+        here = dataclasses.asdict(self._defaults)
+        names = ("text_guidance_scale", "image_guidance_scale", "steps")
         return {
             self.note: gr.update(visible=model.get("id") == "miniature"),
-            **{sliders[name]: value for name, value in stands.items() if name in sliders},
+            self.said: [[here[name], stands.get(name, here[name])] for name in names],
         }
 
     async def edit(

@@ -53,6 +53,8 @@ class Layout:
             "<p>Choose a picture, say what should be different, and look.</p></header>"
         )
         self.history = gr.State([], time_to_live=SESSION_S)
+        # of each setting where it stands at first and where the service wants it
+        self.said = gr.JSON(visible=False)
         with gr.Row(elem_id="bench"):
             with gr.Column(min_width=300, elem_id="asking"):
                 self._build_asking()

@@ -31,6 +31,7 @@ from ip2p_ray.model_files import NO_CODE, SAFETENSORS, require_safetensors
 from ip2p_ray.report import Report
 from ip2p_ray.stages import plan, run
 from ip2p_ray.stages.progress import Progress
+from ip2p_ray.stages.watching import Telling
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.finetune import Score, score, split_examples
 from ip2p_ray.triplets.journal import Journal, JournalledWriter
@@ -148,6 +149,7 @@ def train_on_worker(arguments: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     logs.follow(**arguments["about"], actor=f"worker {rank}")
+    logging.getLogger("ip2p_ray").addHandler(Telling(arguments["tally"]))
     device = get_device()
     loader: Any = AutoModelForCausalLM
     writer = local_folder(told.writer)

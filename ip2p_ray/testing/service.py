@@ -47,6 +47,10 @@ class ServiceBehaviour:
     """A step at which a stream ends in an error; None for never."""
     fails: int = 0
     """Requests for edits that are answered 500, after those of `full`."""
+    models_s: float = 0.0
+    """Seconds that the list of models takes."""
+    defaults: dict[str, float] | None = None
+    """Settings that it names as the model's own."""
 
 
 class FakeService:
@@ -102,7 +106,12 @@ class FakeService:
         return _error(401, said, code="invalid_api_key")
 
     async def _models(self, request: Request) -> Response:
-        entry = {"id": "negative", "object": "model", "created": 0, "owned_by": "ip2p_ray"}
+        behaviour = self.behaviour
+        await asyncio.sleep(behaviour.models_s)
+        entry: dict[str, Any] = {"id": "negative", "object": "model", "created": 0}
+        entry["owned_by"] = "ip2p_ray"
+        if behaviour.defaults is not None:
+            entry["defaults"] = behaviour.defaults
         return self._denied(request) or JSONResponse({"object": "list", "data": [entry]})
 
     async def _edit(self, request: Request) -> Response:

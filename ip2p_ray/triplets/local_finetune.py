@@ -117,8 +117,7 @@ def encode_examples(
         )
     if len(fitting) < len(encoded):
         logger.warning(
-            "fine-tuning: %d of %d examples are left out, the model's context of %s tokens does "
-            "not hold them",
+            "%d of %d examples are left out: the model's context of %s tokens does not hold them",
             len(encoded) - len(fitting),
             len(encoded),
             context,

@@ -32,6 +32,12 @@ class Job:
         )
 
 
+def shards_below(folder):
+    """Names of the Parquet files in a folder where others come and go, which ends a glob."""
+    names = (name for _, _, files in os.walk(folder) for name in files)
+    return [name for name in names if name.endswith(".parquet")]
+
+
 def refused(bucket, flag, here):
     """Flags, what a server refuses them with (None: nothing), and what is told of it."""
     there = [flag, f"{bucket}/in", "--out", f"{bucket}/out"]

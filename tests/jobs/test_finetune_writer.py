@@ -124,9 +124,10 @@ def untrained(tmp_path):
 
 @pytest.fixture
 def examples(tmp_path):
-    """200 triplets of a small world, written as users would."""
+    """200 triplets of a small world, written as users would, and one that no context holds."""
     path = tmp_path / "examples.jsonl"
-    rows = (Triplet(text, *true_edit(text)) for text in random_captions(200, 3))
+    rows = [Triplet(text, *true_edit(text)) for text in random_captions(200, 3)]
+    rows.append(Triplet("a red boat at sea " * 60, "make it blue", "a blue boat at sea " * 60))
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     return path
 
@@ -142,6 +143,7 @@ def test_a_local_writer_learns_from_the_examples(tmp_path, untrained, examples, 
     assert after >= 50
     assert f"the new model is {out / 'writer'}" in done.stdout
     assert "warning" not in done.stdout
+    assert re.search(r"fine-tuning: 1 of \d+ examples are left out", done.stderr)
     assert LocalWriter.load(out / "writer").write(["a red boat at sea"], seed=0)[0]
     again = run_job(*flags)
     assert "writer: there already" in again.stdout

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobs.running import shards_below
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 JOB = ROOT / "jobs" / "quickstart.py"
 
@@ -182,7 +184,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_an_undisturbed_one(slow_weight
     command = [sys.executable, str(JOB), *map(str, arguments)]
 
     def candidates():
-        return len(list((out / "candidates").rglob("*.parquet")))
+        return len(shards_below(out / "candidates"))
 
     job = start_until(command, lambda: candidates() >= 1)
     os.killpg(job.pid, signal.SIGINT)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.jobs.cluster import RAY, ROOT, ray_head
-from tests.jobs.running import Job
+from tests.jobs.running import Job, shards_below
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -175,7 +175,7 @@ def test_a_stopped_job_leaves_what_the_same_command_completes(cluster, quickstar
     out = quickstart.parent / "stopped"
     command = (*GENERATE, "--triplets", quickstart / "triplets", "--out", out)
     job = cluster.submit(*command)
-    while not any((out / "candidates").rglob("*.parquet")):
+    while not shards_below(out / "candidates"):
         assert cluster.status(job) not in ENDS, cluster.client.get_job_logs(job)
         time.sleep(0.1)
     cluster.client.stop_job(job)

@@ -42,7 +42,7 @@ def running(module, answers, *arguments):
     command = [sys.executable, "-m", module, "--port", str(port), *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 240
         while True:
             try:
                 urlopen(f"http://127.0.0.1:{port}{answers}").close()
@@ -217,6 +217,28 @@ def test_an_edit_shows_how_far_it_is_and_can_be_stopped(page, service):
     while service.in_flight and time.monotonic() < until:
         time.sleep(0.05)
     assert service.in_flight == 0
+
+
+@needs_browser
+def test_settings_stand_where_the_service_says_but_for_those_that_were_set(
+    browser, address, service
+):
+    said = {"steps": 33, "text_guidance_scale": 7.5, "image_guidance_scale": 1.25}
+    service.behaviour = ServiceBehaviour(defaults=said, models_s=3.0)
+    with visit(browser, address) as page:
+        page.locator("#settings button").first.click()
+        page.locator("#steps input[type=number]").fill("7")
+        page.locator("#steps input[type=number]").press("Tab")
+        page.wait_for_function(
+            "document.querySelector('#text-scale input[type=number]').value === '7.5'"
+        )
+        choose(page)
+        ask(page, "make it night")
+        page.wait_for_selector("#slider img")
+    sent = service.received[0]
+    assert float(sent["steps"]) == 7
+    assert float(sent["text_guidance_scale"]) == 7.5
+    assert float(sent["image_guidance_scale"]) == 1.25
 
 
 @needs_browser

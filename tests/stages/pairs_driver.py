@@ -1,5 +1,6 @@
 """What the crash test runs and kills: the pairs stage with its fakes, on the Ray of RAY_ADDRESS."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def main(triplets: str, folder: str, actors: int, seconds: float, log: str) -> N
         holding=Holding(batch_size=CONFIG.candidates),
         generators=run.Resources(actors=actors, cpus=0.5),
         judges=run.Resources(cpus=0.25, batch_size=32),
-        part_triplets=24,
+        part_triplets=int(os.environ.get("PART_TRIPLETS", "24")),
     )
     with run.locked(folder), run.local_ray(workers=actors):
         generate_pairs(
