@@ -262,7 +262,7 @@ def _write(job: WriteTriplets) -> None:
         )
     here = Path(local_folder(writer))
     if engine == "transformers":
-        LocalWriter.load(here)  # or a sentence that says what is wrong with it
+        LocalWriter.check(here)  # or a sentence that says what is wrong with it
     judge = None if job.model else str(WEIGHTS / "judge")
     models = {
         "writer": presets.folder_fingerprint(here),

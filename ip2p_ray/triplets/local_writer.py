@@ -48,26 +48,17 @@ class LocalWriter:
         Raises:
             ModelError: the folder is missing or broken, or lacks some of the weights.
         """
-        if not Path(folder).is_dir():
-            raise ModelError(f"writer folder {folder} does not exist")
-        loader: Any = AutoModelForCausalLM
-        try:
-            require_safetensors(folder, "writer folder")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
-            model, found = loader.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                output_loading_info=True,
-                **SAFETENSORS,
-                **NO_CODE,
-            )
-        except _BROKEN as error:
-            raise ModelError(f"writer folder {folder} cannot be loaded: {error}") from error
-        if found["missing_keys"]:
-            missing = ", ".join(sorted(found["missing_keys"])[:3])
-            raise ModelError(f"writer folder {folder} lacks weights: {missing}")
+        model, tokenizer = _loaded(folder, dtype=dtype)
         return cls(model, tokenizer, device)
+
+    @staticmethod
+    def check(folder: str | Path) -> None:
+        """Raises what `load` would, and holds no weights: for a process that sends others to work.
+
+        Raises:
+            ModelError: as `load`.
+        """
+        _loaded(folder, device_map="meta")
 
     @torch.inference_mode()
     def write(
@@ -173,3 +164,27 @@ def _choose(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     cumulated = logits.softmax(dim=-1).double().cumsum(dim=-1)
     level = uniforms[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, level, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+def _loaded(folder: str | Path, **options: Any) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    if not Path(folder).is_dir():
+        raise ModelError(f"writer folder {folder} does not exist")
+    loader: Any = AutoModelForCausalLM
+    try:
+        require_safetensors(folder, "writer folder")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
+        model, found = loader.from_pretrained(
+            folder,
+            **options,
+            local_files_only=True,
+            output_loading_info=True,
+            **SAFETENSORS,
+            **NO_CODE,
+        )
+    except _BROKEN as error:
+        raise ModelError(f"writer folder {folder} cannot be loaded: {error}") from error
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise ModelError(f"writer folder {folder} lacks weights: {missing}")
+    return model, tokenizer

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -185,15 +186,17 @@ def test_an_empty_folder_is_named(tmp_path):
         LocalWriter.load(tmp_path)
 
 
+@pytest.mark.parametrize("look", [LocalWriter.load, LocalWriter.check])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_broken_file_is_noticed(folder, name):
+def test_a_broken_file_is_noticed(folder, name, look):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelError, match=f"{folder} cannot be loaded"):
-        LocalWriter.load(folder)
+        look(folder)
 
 
-def test_lacking_weights_are_noticed_and_not_made_up(folder):
+@pytest.mark.parametrize("look", [LocalWriter.load, LocalWriter.check])
+def test_lacking_weights_are_noticed_and_not_made_up(folder, look):
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
@@ -201,7 +204,21 @@ def test_lacking_weights_are_noticed_and_not_made_up(folder):
     weights.popitem()
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lacks weights"):
-        LocalWriter.load(folder)
+        look(folder)
+
+
+def test_a_check_holds_no_weights(folder, monkeypatch):
+    held = []
+    taken = AutoModelForCausalLM.from_pretrained
+
+    def taking(*arguments, **options):
+        model, found = taken(*arguments, **options)
+        held.extend(parameter.device.type for parameter in model.parameters())
+        return model, found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", taking)
+    LocalWriter.check(folder)
+    assert set(held) == {"meta"}
 
 
 @pytest.mark.gpu
