@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from ip2p_ray import storage
@@ -26,6 +28,11 @@ NO_TEXT, WRONG_KEY, DUPLICATE, NOT_DRAWN = "no_text", "wrong_key", "duplicate", 
 UNKNOWN_SPLIT = "unknown_split"
 
 _TEXTS = ("caption", "instruction", "edited_caption")
+_REASONS = (None, NO_TEXT, WRONG_KEY, UNKNOWN_SPLIT, DUPLICATE, NOT_DRAWN)
+_CODES = {reason: code for code, reason in enumerate(_REASONS)}
+
+Codes = npt.NDArray[np.uint8]
+"""Of each row the place of its reason in _REASONS: there may be many millions."""
 
 
 def fill_queue(
@@ -55,14 +62,14 @@ def fill_queue(
 
     def fill() -> list[Report]:
         began = time.monotonic()
-        reasons = _reasons(triplets, limit)
-        report = Report.count("queue", reasons, time.monotonic() - began)
+        codes = _judged(triplets, limit)
+        report = Report.count("queue", _reasons(codes), time.monotonic() - began)
         _judge(report, triplets, max_reject_share, rejects)
-        _write(triplets, reasons, queue, part_triplets)
+        _write(triplets, codes, queue, part_triplets)
         return [report]
 
     def reject() -> list[Report]:
-        _write_rejects(triplets, _reasons(triplets, limit), rejects)
+        _write_rejects(triplets, _judged(triplets, limit), rejects)
         return []
 
     run.make(rejects, replace(origin, dataset="rejects/queue"), reject)
@@ -97,18 +104,25 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _reasons(triplets: str, limit: int | None) -> list[str | None]:
-    """Why each row, in the order in which they lie there, is dropped; None where it is not."""
-    distinct, reasons, places = Distinct(), [], []
-    for place, row in enumerate(_rows(triplets)):
-        reasons.append(_fault(row))
-        if reasons[-1] is None:
+def _judged(triplets: str, limit: int | None) -> Codes:
+    """Why each row, in the order in which they lie there, is dropped."""
+    distinct, codes = Distinct(), bytearray()
+    for row in _rows(triplets):
+        reason = _fault(row)
+        codes.append(_CODES[reason])
+        if reason is None:
             distinct.add(row["triplet_key"])
-            places.append(place)
-    for place, verdict in zip(places, distinct.verdicts(sample=limit), strict=True):
-        if verdict != KEPT:
-            reasons[place] = NOT_DRAWN if verdict == NOT_SAMPLED else DUPLICATE
-    return reasons
+    found = np.frombuffer(codes, np.uint8)
+    verdicts = distinct.verdicts(sample=limit)
+    told = np.full(len(verdicts), _CODES[DUPLICATE], np.uint8)
+    told[verdicts == KEPT] = _CODES[None]
+    told[verdicts == NOT_SAMPLED] = _CODES[NOT_DRAWN]
+    found[found == _CODES[None]] = told
+    return found
+
+
+def _reasons(codes: Codes) -> Iterator[str | None]:
+    return (_REASONS[code] for code in codes)
 
 
 def _fault(row: dict[str, Any]) -> str | None:
@@ -136,12 +150,12 @@ def _judge(report: Report, triplets: str, max_reject_share: float, rejects: str)
         )
 
 
-def _write(triplets: str, reasons: list[str | None], queue: str, part_triplets: int) -> None:
+def _write(triplets: str, codes: Codes, queue: str, part_triplets: int) -> None:
     clear(queue)
     part: list[dict[str, Any]] = []
     number = 0
-    left = sum(reason is None for reason in reasons)
-    for row, reason in zip(_rows(triplets), reasons, strict=True):
+    left = int(np.count_nonzero(codes == _CODES[None]))
+    for row, reason in zip(_rows(triplets), _reasons(codes), strict=True):
         if reason is not None:
             continue
         part.append(row)
@@ -152,10 +166,10 @@ def _write(triplets: str, reasons: list[str | None], queue: str, part_triplets: 
             part, number = [], number + 1
 
 
-def _write_rejects(triplets: str, reasons: list[str | None], rejects: str) -> None:
+def _write_rejects(triplets: str, codes: Codes, rejects: str) -> None:
     clear(rejects)
     shards = Shards(rejects, "rejects", REJECTS)
-    for row, reason in zip(_rows(triplets), reasons, strict=True):
+    for row, reason in zip(_rows(triplets), _reasons(codes), strict=True):
         if reason in (None, NOT_DRAWN):
             continue
         texts = " | ".join(str(row[name]) for name in _TEXTS)

@@ -17,6 +17,7 @@ from ip2p_ray.miniature.scores import random_captions
 from ip2p_ray.miniature.tiny import true_edit
 from ip2p_ray.miniature.weights import WEIGHTS
 from ip2p_ray.presets import folder_fingerprint
+from ip2p_ray.schema import split_of
 from ip2p_ray.stages.run import locked
 from ip2p_ray.triplets.local_writer import LocalWriter
 from ip2p_ray.triplets.reply import Triplet
@@ -127,7 +128,9 @@ def examples(tmp_path):
     """200 triplets of a small world, written as users would, and one that no context holds."""
     path = tmp_path / "examples.jsonl"
     rows = [Triplet(text, *true_edit(text)) for text in random_captions(200, 3)]
-    rows.append(Triplet("a red boat at sea " * 60, "make it blue", "a blue boat at sea " * 60))
+    long = Triplet(" ".join(["qz"] * 50), "make it blue", " ".join(["xj"] * 50))
+    assert split_of(long.key, 0.1) == "train"
+    rows.append(long)
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     return path
 
@@ -143,7 +146,7 @@ def test_a_local_writer_learns_from_the_examples(tmp_path, untrained, examples, 
     assert after >= 50
     assert f"the new model is {out / 'writer'}" in done.stdout
     assert "warning" not in done.stdout
-    assert re.search(r"fine-tuning: 1 of \d+ examples are left out", done.stderr)
+    assert re.search(r"fine-tuning: 1 of \d+ examples are left out", done.stdout)
     assert LocalWriter.load(out / "writer").write(["a red boat at sea"], seed=0)[0]
     again = run_job(*flags)
     assert "writer: there already" in again.stdout
