@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ip2p_ray
@@ -36,7 +35,7 @@ from ip2p_ray.errors import (
 from ip2p_ray.notes import NOTE_EVERY_S, read_noted, read_origin
 from ip2p_ray.report import Report, duration
 from ip2p_ray.schema import recipe
-from ip2p_ray.stages import attempts, metrics
+from ip2p_ray.stages import attempts, metrics, starting
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +150,7 @@ def local_ray(
 
     Raises:
         ConfigError: there are not as many GPUs, or custom resources, as the actors hold.
+        StageError: Ray did not start in time.
     """
     cpus = sum(held.all_cpus for held in actors)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -165,8 +165,7 @@ def local_ray(
             "include_dashboard": False,
             "object_store_memory": max(256 << 20, min(store_bytes, _free_memory() // 3)),
         }
-    with _silent_stderr(), _on_loopback("address" in options):
-        ray.init(**options)
+    starting.start(local="address" in options, **options)
     for name in ("ray", "ray.data", "ray.train"):
         # Whatever fails is raised as well; Ray would log it with its traceback before.
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -175,21 +174,6 @@ def local_ray(
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _on_loopback(wanted: bool) -> Iterator[None]:
-    """A Ray that starts in the block is 127.0.0.1, as Ray has it on Windows and macOS.
-
-    Elsewhere it takes the machine's address in the network, where there is one, even of
-    `_node_ip_address`, and then all of its processes listen on every address.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = before and not wanted
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _free_memory() -> int:
@@ -453,19 +437,6 @@ def own_error(error: BaseException | None) -> Ip2pError | None:
     causes = list(failures.values()) if isinstance(failures, Mapping) else []
     causes.append(getattr(error, "cause", None) or error.__cause__)
     return next(filter(None, map(own_error, causes)), None)
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drops what Ray's C++ parts write to this process's stderr while they start."""
-    kept = os.dup(2)
-    with Path(os.devnull).open("w") as nothing:
-        os.dup2(nothing.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _make_importable() -> None:

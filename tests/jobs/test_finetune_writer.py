@@ -149,7 +149,7 @@ def test_a_local_writer_learns_from_the_examples(tmp_path, untrained, examples, 
     assert re.search(r"fine-tuning: 1 of \d+ examples are left out", done.stdout)
     assert LocalWriter.load(out / "writer").write(["a red boat at sea"], seed=0)[0]
     again = run_job(*flags)
-    assert "writer: there already" in again.stdout
+    assert "writer: there already" in again.stdout, (again.returncode, again.stderr)
     assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
     other = run_job(*flags[:-1], "3")
     assert other.returncode == 1
