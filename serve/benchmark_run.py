@@ -181,7 +181,7 @@ def _choices(job: EditorBenchmark) -> tuple[int, ...]:
 
 @contextmanager
 def _service() -> Iterator[str]:
-    """A Ray with Serve for the block, which only this machine reaches; yields its URL."""
+    """A Ray of its own with Serve for the block; yields the URL, that of this machine."""
     root = str(Path(ip2p_ray.__file__).resolve().parent.parent)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{before}" if before else root

@@ -1,39 +1,62 @@
-"""How Ray is started or found by a driver: silently, on this machine alone, and with patience."""
+"""How a driver starts Ray or finds it: silently, on this machine alone, again if need be."""
 
 from __future__ import annotations
 
+import logging
 import os
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
-from ray._private import ray_constants, services
+from ray._private import ray_constants
 
 from ip2p_ray.errors import StageError
 
-PATIENCE_S = 120.0
-"""Seconds in which the node of a local Ray has to say that it is there; Ray gives it 30."""
+ATTEMPTS = 4
+"""Ray gives its node 30 s, and its agent, by whose absence the node dies, 15."""
+
+_LATE = "timed out during startup"
+
+logger = logging.getLogger(__name__)
 
 
 def start(*, local: bool, **options: Any) -> None:
     """`ray.init` with the options; a `local` Ray is one that it starts.
 
     Raises:
-        StageError: a local one did not start in time.
+        StageError: a local one did not start in time, several times.
     """
-    with _silent_stderr(), _on_loopback(local), _patience():
+    for attempt in range(1, ATTEMPTS + 1):
+        before = _children()
         try:
-            ray.init(**options)
+            with _silent_stderr(), _on_loopback(local):
+                ray.init(**options)
+            return
         except Exception as error:
-            if "during startup" not in str(error):
+            if not local or _LATE not in str(error):
                 raise
-            raise StageError(
-                f"Ray did not start in {PATIENCE_S:g} s: this machine is too busy, or lacks "
-                "memory or disk; once that is mended the same command goes on"
-            ) from error
+            # a second one beside what is left of the first would be slower still
+            _end(_children() - before)
+            if attempt == ATTEMPTS:
+                raise StageError(
+                    f"Ray did not start in {ATTEMPTS} attempts: this machine is too busy, or lacks "
+                    "memory or disk; once that is mended the same command goes on"
+                ) from error
+            logger.info("Ray did not start in time; once more")
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
 @contextmanager
@@ -49,28 +72,6 @@ def _on_loopback(wanted: bool) -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Ray's question whether its node is there takes longer to be answered with no."""
-    asked: Any = services.get_node
-
-    def asking(*arguments: Any) -> Any:
-        until = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return asked(*arguments)
-            except RuntimeError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.2)
-
-    services.get_node = asking
-    try:
-        yield
-    finally:
-        services.get_node = asked
 
 
 @contextmanager
