@@ -60,6 +60,7 @@ def test_a_device_that_is_not_there_ends_in_status_1_and_a_sentence():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_table_is_printed_and_the_files_written(tiny_weights, tmp_path):
     load_editor(tiny_weights).save(tmp_path / "editor")
     small = ["--requests", "4", "--saturation", "4", "--rounds", "1", "--sequential", "2"]

@@ -358,7 +358,10 @@ def test_kills_change_nothing_and_no_kept_reply_is_paid_for_again(tmp_path, addr
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("everything", [False, True], ids=["journal", "all"])
+@pytest.mark.parametrize(
+    "everything",
+    [pytest.param(False, id="journal"), pytest.param(True, id="all", marks=pytest.mark.slow)],
+)
 @pytest.mark.timeout(1800)
 def test_kills_cost_a_journal_in_a_bucket_only_what_was_not_yet_put(
     bucket, tmp_path, address, monkeypatch, everything
