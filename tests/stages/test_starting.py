@@ -1,10 +1,8 @@
 """What is done when Ray does not start in time, as on a busy machine."""
 
-import contextlib
 import subprocess
 import sys
-import threading
-import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -69,31 +67,13 @@ def test_other_errors_and_those_of_other_clusters_are_raised(monkeypatch, local,
     with pytest.raises(ConnectionError, match=told):
         starting.start(local=local, address="somewhere")
     assert asked == [{"address": "somewhere"}]
-    assert not psutil.Process().children()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_real_ray_whose_agent_does_not_come_is_started_again(caplog):
-    from ip2p_ray.stages.run import local_ray
-
-    stopped = []
-
-    def stop_one():
-        while not stopped:
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if any(part.endswith("dashboard/agent.py") for part in process.cmdline()):
-                        process.suspend()
-                        stopped.append(process)
-                        return
-            time.sleep(0.02)
-
-    caplog.set_level("INFO", logger="ip2p_ray")
-    watching = threading.Thread(target=stop_one, daemon=True)
-    watching.start()
-    with local_ray(workers=1):
-        assert ray.get(ray.remote(num_cpus=0.5)(lambda: 17).remote()) == 17
-        assert "Ray did not start in time; once more" in caplog.text
-    for process in stopped:  # its parent has died, and nobody could tell whose it was
-        process.kill()
+def test_a_real_ray_whose_agent_does_not_come_is_started_again():
+    """In a process of its own: this one may have a Ray."""
+    driver = Path(__file__).parent / "starting_driver.py"
+    done = subprocess.run([sys.executable, driver], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["Ray did not start in time; once more", "17"]
