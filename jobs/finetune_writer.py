@@ -149,7 +149,7 @@ def _here(job: FinetuneWriter, examples: list) -> object:
 
     writer = storage.absolute(job.model or WEIGHTS / "writer")
     here = Path(local_folder(writer))
-    LocalWriter.load(here)  # or a sentence that says what is wrong with it
+    LocalWriter.check(here)  # or a sentence that says what is wrong with it
     config = LocalTuningConfig(
         epochs=job.epochs,
         batch_size=job.batch_size,

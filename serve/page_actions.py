@@ -29,7 +29,7 @@ PREVIEWS = 8
 SEEDS = 2**31
 STANDS = """(said, ...set) =>
     set.map((value, place) => said && value === said[place][0] ? said[place][1] : value)"""
-"""Settings that nobody has touched stand where the service says; in the browser."""
+"""Settings that stand where they stood at first go where the service says; in the browser."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

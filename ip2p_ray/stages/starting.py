@@ -18,13 +18,16 @@ from ip2p_ray.errors import StageError
 ATTEMPTS = 4
 """Ray gives its node 30 s, and its agent, by whose absence the node dies, 15."""
 
-_LATE = "timed out during startup"
+_LATE = ("timed out during startup", "Timed out waiting for file", "Failed to start GCS")
 
 logger = logging.getLogger(__name__)
 
 
 def start(*, local: bool, **options: Any) -> None:
     """`ray.init` with the options; a `local` Ray is one that it starts.
+
+    One that does not start in time is started again. What it left is ended first, as far as this
+    process's new children go: no other thread should start any meanwhile.
 
     Raises:
         StageError: a local one did not start in time, several times.
@@ -36,7 +39,7 @@ def start(*, local: bool, **options: Any) -> None:
                 ray.init(**options)
             return
         except Exception as error:
-            if not local or _LATE not in str(error):
+            if not local or not any(late in str(error) for late in _LATE):
                 raise
             # a second one beside what is left of the first would be slower still
             _end(_children() - before)

@@ -58,7 +58,7 @@ class LocalWriter:
         Raises:
             ModelError: as `load`.
         """
-        _loaded(folder, device_map="meta")
+        _loaded(folder, dtype=torch.float32, device_map="meta")
 
     @torch.inference_mode()
     def write(

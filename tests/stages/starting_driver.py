@@ -37,4 +37,5 @@ if __name__ == "__main__":
             logging.info("%d", ray.get(ray.remote(num_cpus=0.5)(lambda: 17).remote()))
     finally:
         for process in stopped:  # its parent has died, and nobody can tell whose it was
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -155,6 +156,15 @@ def on_disk(folder: Path) -> set[str]:
     return found
 
 
+def wait_for_disk(driver: subprocess.Popen, folder: Path) -> None:
+    """Until something need not be made again, or the driver has ended."""
+    while driver.poll() is None:
+        with suppress(OSError):  # files come and go
+            if on_disk(folder):
+                return
+        time.sleep(0.2)
+
+
 @pytest.mark.parametrize(("kills", "triplets"), [(4, 96), (20, 240)])
 def test_kills_change_nothing(runs, tmp_path, kills, triplets):
     write_triplets(str(tmp_path / "triplets"), triplets)
@@ -175,6 +185,8 @@ def test_kills_change_nothing(runs, tmp_path, kills, triplets):
         while driver.poll() is None and left:
             runs.wait(driver, killed, more=draw.randint(0, 16))
             time.sleep(draw.uniform(0, 3))
+            if left[-1] == "driver" and left.count("driver") == 1:
+                wait_for_disk(driver, killed)
             if driver.poll() is None and runs.kill(left[-1], driver, killed, draw):
                 if left.pop() == "driver":
                     saved.append((time.time(), on_disk(killed)))
@@ -191,8 +203,8 @@ def test_kills_change_nothing(runs, tmp_path, kills, triplets):
     for when, keys in saved:
         later = {line["key"] for line in lines if line["began"] > when}
         assert not keys & later, "a triplet that was on disk was made again"
-    if kills == 20:  # with few the first may come before anything was made
-        assert saved[-1][1], "nothing was on disk at any kill of a driver"
+    assert saved[-1][1], "nothing was on disk when the last driver died"
+    if kills == 20:
         assert len(whole_parts) > 1, "all kills fell into the same part"
     for name, wanted in (("candidates", triplets), ("scores", 4 * triplets), ("pairs", None)):
         _, found = completeness.check(str(killed / name))
@@ -202,5 +214,5 @@ def test_kills_change_nothing(runs, tmp_path, kills, triplets):
     logger.info("%d kills: lost = 0, duplicate = 0, recomputed = %d", kills, again)
     assert len({line["key"] for line in lines}) == triplets
     assert not left, "it was done before the last kill"
-    assert again <= kills * MOST_ACTORS * ROWS_ON_THE_WAY
+    assert again <= (kills + 1) * MOST_ACTORS * ROWS_ON_THE_WAY
     assert not list(killed.rglob("*.tmp"))

@@ -12,7 +12,7 @@ from ip2p_ray.errors import StageError
 from ip2p_ray.stages import starting
 
 
-def late(monkeypatch, times):
+def late(monkeypatch, times, error="The current node timed out during startup."):
     """A Ray that is late so many times and leaves a process each time; returns those."""
     left = []
 
@@ -21,9 +21,15 @@ def late(monkeypatch, times):
         if len(left) < times:
             command = [sys.executable, "-c", "import time; time.sleep(600)"]
             left.append(subprocess.Popen(command))
-            raise Exception("The current node timed out during startup. This could happen because")
+            raise Exception(error)
+
+    def children():
+        """Without those of a Ray that this process may have, which come and go."""
+        every = psutil.Process().children()
+        return {process for process in every if "time.sleep" in " ".join(process.cmdline())}
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(starting, "_children", children)
     return left
 
 
@@ -35,12 +41,21 @@ def none_left(processes):
     return not found
 
 
-def test_a_ray_that_is_late_is_started_again_without_what_is_left_of_it(monkeypatch):
-    left = late(monkeypatch, 2)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        starting.start(local=True)
-        assert other.poll() is None
-        other.communicate(b"\n")
+@pytest.mark.parametrize(
+    "error",
+    [
+        "The current node timed out during startup. This could happen because",
+        "Timed out waiting for file /tmp/ray/session/gcs_server_port",
+        "Failed to start GCS. Last 3 lines",
+    ],
+)
+def test_a_ray_that_is_late_is_started_again_without_what_is_left_of_it(monkeypatch, error):
+    left = late(monkeypatch, 2, error)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    starting.start(local=True)
+    assert other.poll() is None
+    other.kill()
+    other.wait(10)
     assert len(left) == 2
     assert none_left(left)
 
@@ -71,9 +86,12 @@ def test_other_errors_and_those_of_other_clusters_are_raised(monkeypatch, local,
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_real_ray_whose_agent_does_not_come_is_started_again():
     """In a process of its own: this one may have a Ray."""
     driver = Path(__file__).parent / "starting_driver.py"
-    done = subprocess.run([sys.executable, driver], capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, driver], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["Ray did not start in time; once more", "17"]
+    *late, last = done.stdout.splitlines()  # more than one on a busy machine
+    assert set(late) == {"Ray did not start in time; once more"}
+    assert last == "17"

@@ -1,5 +1,7 @@
 """Sampling from a causal model in process: the right distribution, one stream a caption."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -205,6 +207,13 @@ def test_lacking_weights_are_noticed_and_not_made_up(folder, look):
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lacks weights"):
         look(folder)
+
+
+@pytest.mark.parametrize("look", [LocalWriter.load, LocalWriter.check])
+def test_the_dtype_of_the_configuration_does_not_matter(folder, look):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "int8"}))
+    look(folder)
 
 
 def test_a_check_holds_no_weights(folder, monkeypatch):
