@@ -47,8 +47,8 @@ class ServiceBehaviour:
     """A step at which a stream ends in an error; None for never."""
     fails: int = 0
     """Requests for edits that are answered 500, after those of `full`."""
-    models_s: float = 0.0
-    """Seconds that the list of models takes."""
+    models_after: threading.Event | None = None
+    """The list of models comes once it is set."""
     defaults: dict[str, float] | None = None
     """Settings that it names as the model's own."""
 
@@ -107,7 +107,8 @@ class FakeService:
 
     async def _models(self, request: Request) -> Response:
         behaviour = self.behaviour
-        await asyncio.sleep(behaviour.models_s)
+        while behaviour.models_after is not None and not behaviour.models_after.is_set():
+            await asyncio.sleep(0.05)
         entry: dict[str, Any] = {"id": "negative", "object": "model", "created": 0}
         entry["owned_by"] = "ip2p_ray"
         if behaviour.defaults is not None:

@@ -5,6 +5,7 @@ import io
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.error import URLError
@@ -224,12 +225,14 @@ def test_settings_stand_where_the_service_says_but_for_those_that_were_set(
     browser, address, service
 ):
     said = {"steps": 33, "text_guidance_scale": 7.5, "image_guidance_scale": 1.25}
-    service.behaviour = ServiceBehaviour(defaults=said, models_s=8.0)
+    moved = threading.Event()
+    service.behaviour = ServiceBehaviour(defaults=said, models_after=moved)
     with visit(browser, address) as page:
         page.locator("#settings button").first.click()
         page.locator("#steps input[type=number]").fill("7")
         page.locator("#steps input[type=number]").press("Tab")
         assert page.locator("#text-scale input[type=number]").input_value() == "2"
+        moved.set()
         page.wait_for_function(
             "document.querySelector('#text-scale input[type=number]').value === '7.5'"
         )
