@@ -12,7 +12,7 @@ from ip2p_ray.errors import StageError
 from ip2p_ray.stages import starting
 
 
-def late(monkeypatch, times, error="The current node timed out during startup."):
+def late(monkeypatch, times, error="The current node timed out during startup.", beside=()):
     """A Ray that is late so many times and leaves a process each time; returns those."""
     left = []
 
@@ -25,8 +25,8 @@ def late(monkeypatch, times, error="The current node timed out during startup.")
 
     def children():
         """Without those of a Ray that this process may have, which come and go."""
-        every = psutil.Process().children()
-        return {process for process in every if "time.sleep" in " ".join(process.cmdline())}
+        pids = [process.pid for process in (*beside, *left)]
+        return {psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)}
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(starting, "_children", children)
@@ -50,8 +50,8 @@ def none_left(processes):
     ],
 )
 def test_a_ray_that_is_late_is_started_again_without_what_is_left_of_it(monkeypatch, error):
-    left = late(monkeypatch, 2, error)
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    left = late(monkeypatch, 2, error, beside=[other])
     starting.start(local=True)
     assert other.poll() is None
     other.kill()
