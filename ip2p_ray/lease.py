@@ -2,20 +2,27 @@
 
 It holds who writes it again and again. Who wants it while it is there watches: if it does not
 change for long enough its holder is gone, killed perhaps, and it is taken over by a write that
-fails if anybody else wrote meanwhile. A store that ignores the conditions of a write (If-Match and
+fails if anybody else wrote meanwhile. A holder that is seen to have died, for it was a process of
+the same machine, is not waited for. A store that ignores the conditions of a write (If-Match and
 If-None-Match) gives no lease, and lets everybody in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import logging
+import os
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from ip2p_ray import objects
 from ip2p_ray.errors import DatasetError, Ip2pError, StageError
@@ -25,14 +32,18 @@ _log = logging.getLogger(__name__)
 BEAT_S = 5.0
 """How often a holder writes."""
 
-GONE_S = 20.0
-"""Without a write for so long, a holder is gone, and ends by itself if it is not."""
+GONE_S = 60.0
+"""Without a write for so long, a holder is gone, and ends by itself if it is not.
+
+As long as other requests are repeated (`objects.ATTEMPTS`): a store that is away for less ends no
+run.
+"""
 
 _LATER = 1.25
 """Who waits does so longer: by then the holder has ended."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def held(uri: str, *, beat_s: float = BEAT_S, gone_s: float = GONE_S) -> Iterator[None]:
     """The object at the URI for this process alone while the block runs in its main thread.
 
@@ -47,12 +58,15 @@ def held(uri: str, *, beat_s: float = BEAT_S, gone_s: float = GONE_S) -> Iterato
     stop = threading.Event()
 
     def beat() -> None:
-        while not stop.wait(beat_s):
+        pause = beat_s
+        while not stop.wait(pause):
             try:
                 with objects.impatient(BEAT_S):
                     lease.renew()
+                pause = beat_s
             except Ip2pError as error:
                 _log.warning("%s", error)
+                pause = beat_s / 5
 
     def watch() -> None:  # beside it, because a request may take long
         while not stop.wait(min(beat_s, gone_s) / 4):
@@ -103,6 +117,8 @@ class _Lease:
         seen, since = None, time.monotonic()
         while not self._write(None):
             tag = objects.tag(self._uri)
+            if tag is not None and _died(self._there()) and self._write(tag):
+                return
             if seen is None:
                 _log.info("%s is there: waiting whether its run is still alive", self._uri)
                 seen = tag
@@ -122,13 +138,13 @@ class _Lease:
     def leave(self) -> None:
         if self.lost:  # who takes it over waits for its silence
             return
-        self.lost = not self._there().startswith(self._me.encode())
+        self.lost = f'"{self._me}"'.encode() not in self._there()
         if not self.lost:
             objects.remove([self._uri])
 
     def _write(self, expected: str | None) -> bool:
         """Whether it is ours now; `expected` is the tag that is replaced, None for no object."""
-        began, content = time.monotonic(), f"{self._me} {next(self._beats)}".encode()
+        began, content = time.monotonic(), self._content()
         tag = objects.write_if(self._uri, content, expected)
         if tag is None and self._there() == content:
             # an attempt that got no answer had come through
@@ -137,8 +153,55 @@ class _Lease:
             self._tag, self.renewed = tag, began
         return tag is not None
 
+    def _content(self) -> bytes:
+        return json.dumps({"holder": self._me, "beat": next(self._beats), **_place()}).encode()
+
     def _there(self) -> bytes:
         try:
             return objects.read(self._uri)
         except DatasetError:
             return b""
+
+
+@cache
+def _machine() -> str:
+    """Where process numbers mean the same; empty where that cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return " ".join([socket.gethostname(), boot, str(Path("/proc/self/ns/pid").readlink())])
+    except OSError:
+        return ""
+
+
+def _started(process: int) -> str | None:
+    """When the process was started, in the machine's ticks; None once it has ended.
+
+    Raises:
+        OSError: it cannot be seen.
+    """
+    behind_name = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2]
+    state, *fields = behind_name.split()
+    return None if state in "ZX" else fields[18]
+
+
+def _place() -> dict[str, Any]:
+    """This process, told from all others; nothing where that cannot be."""
+    with contextlib.suppress(OSError):
+        if _machine():
+            process = os.getpid()
+            return {"machine": _machine(), "process": process, "started": _started(process)}
+    return {}
+
+
+def _died(content: bytes) -> bool:
+    """Whether the holder that wrote this was a process of this machine, and has ended."""
+    try:
+        told = json.loads(content)
+        if not _machine() or told["machine"] != _machine():
+            return False
+        os.kill(told["process"], 0)
+        return _started(told["process"]) != told["started"]
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        return False

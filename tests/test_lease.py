@@ -1,8 +1,11 @@
 """Of all who want a lease one has it, and one whose holder was killed is taken over."""
 
+import json
+import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -59,15 +62,44 @@ def test_a_lease_that_is_held_is_not_given(bucket, holder):
         pass
 
 
-def test_a_lease_whose_holder_was_killed_is_taken_over(bucket, holder):
+def test_a_lease_whose_holder_was_killed_is_taken_over_at_once(bucket, holder):
+    uri = f"{bucket}/run/.lock"
+    process = holder(uri, 60.0)
+    process.kill()
+    with lease.held(uri, gone_s=3600.0):
+        assert objects.size(uri) > 0
+    assert objects.size(uri) is None
+    process.wait()
+
+
+@pytest.mark.parametrize("said", ["elsewhere", "nothing", "alive"])
+def test_a_holder_that_is_not_seen_to_have_died_is_waited_for(bucket, holder, said):
     uri = f"{bucket}/run/.lock"
     process = holder(uri, 60.0)
     process.kill()
     process.wait()
-    assert objects.size(uri) > 0
+    told = json.loads(objects.read(uri))
+    if said == "elsewhere":
+        told["machine"] = "another machine"
+    elif said == "nothing":
+        told = {"holder": told["holder"]}
+    else:  # a process that is there, of which nothing is known
+        told |= {"process": os.getpid(), "started": lease._started(os.getpid())}
+    objects.write(uri, json.dumps(told).encode())
+    began = time.monotonic()
     with lease.held(uri, gone_s=0.5):
+        assert time.monotonic() - began > 0.5
+
+
+def test_a_process_that_has_the_number_of_a_dead_holder_is_not_waited_for(bucket, holder):
+    uri = f"{bucket}/run/.lock"
+    process = holder(uri, 60.0)
+    process.kill()
+    process.wait()
+    told = json.loads(objects.read(uri)) | {"process": os.getpid()}
+    objects.write(uri, json.dumps(told).encode())
+    with lease.held(uri, gone_s=3600.0):
         assert objects.size(uri) > 0
-    assert objects.size(uri) is None
 
 
 def test_one_that_was_silent_too_long_is_told_that_it_lost_it(bucket):

@@ -229,7 +229,8 @@ def locked(folder: str | Path) -> Iterator[None]:
     """The folder, made if need be, for this process alone while the block runs.
 
     What killed runs left half-written in it is cleared away first. In a bucket a run that was
-    killed is waited for (`lease.GONE_S`), because nothing but its silence tells that it is gone.
+    killed on another machine is waited for (`lease.GONE_S`), because nothing but its silence tells
+    that it is gone.
 
     Raises:
         ConfigError: it cannot be made or written to.
