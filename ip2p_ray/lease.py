@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ip2p_ray import objects
+from ip2p_ray import objects, s3
 from ip2p_ray.errors import DatasetError, Ip2pError, StageError
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ BEAT_S = 5.0
 GONE_S = 60.0
 """Without a write for so long, a holder is gone, and ends by itself if it is not.
 
-As long as other requests are repeated (`objects.ATTEMPTS`): a store that is away for less ends no
+As long as other requests are repeated (`s3.ATTEMPTS`): a store that is away for less ends no
 run.
 """
 
@@ -61,7 +61,7 @@ def held(uri: str, *, beat_s: float = BEAT_S, gone_s: float = GONE_S) -> Iterato
         pause = beat_s
         while not stop.wait(pause):
             try:
-                with objects.impatient(BEAT_S):
+                with s3.impatient(BEAT_S):
                     lease.renew()
                 pause = beat_s
             except Ip2pError as error:

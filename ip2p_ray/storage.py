@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ip2p_ray import __version__, files, logs, objects, parquet
+from ip2p_ray import __version__, files, logs, object_files, objects, parquet, s3
 from ip2p_ray.atomic import atomic_file, remove_folder, remove_leftovers
 from ip2p_ray.errors import ConfigError, DatasetError, StorageError
 from ip2p_ray.schema import SCHEMA_VERSION
@@ -80,7 +80,7 @@ class Manifest:
 
 def is_local(uri: str | Path) -> bool:
     """Whether it names something on a file system."""
-    return not objects.is_object(uri)
+    return not s3.is_object(uri)
 
 
 def local_path(uri: str | Path) -> Path:
@@ -101,7 +101,7 @@ def local_path(uri: str | Path) -> Path:
 
 def absolute(uri: str | Path) -> str:
     """The URI as a process with another working directory names the same."""
-    return str(uri).rstrip("/") if objects.is_object(uri) else str(local_path(uri).absolute())
+    return str(uri).rstrip("/") if s3.is_object(uri) else str(local_path(uri).absolute())
 
 
 def join(uri: str | Path, *names: str) -> str:
@@ -115,13 +115,13 @@ def check(uri: str | Path) -> None:
     Raises:
         StorageError: no such bucket, no right to it, or nobody there; says which.
     """
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         objects.check(str(uri))
 
 
 def exists(uri: str | Path) -> bool:
     """Whether a file, a folder or an object lies there."""
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         return objects.size(str(uri)) is not None
     return local_path(uri).exists()
 
@@ -133,12 +133,12 @@ def read_bytes(uri: str | Path) -> bytes:
         DatasetError, OSError: there is none.
         StorageError: object storage refuses.
     """
-    return objects.read(str(uri)) if objects.is_object(uri) else local_path(uri).read_bytes()
+    return objects.read(str(uri)) if s3.is_object(uri) else local_path(uri).read_bytes()
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """The file at the URI, atomically."""
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         objects.write(str(uri), data)
         return
     with atomic_file(local_path(uri)) as path:
@@ -147,7 +147,7 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
 
 def remove(uri: str | Path) -> None:
     """Deletes a file or an object, if there is one."""
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         objects.remove([str(uri)])
     else:
         local_path(uri).unlink(missing_ok=True)
@@ -155,7 +155,7 @@ def remove(uri: str | Path) -> None:
 
 def remove_shards(uri: str | Path) -> None:
     """Deletes the Parquet files of a dataset, if there are any."""
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         objects.remove(list_shards(uri))
         return
     for shard in list_shards(uri):
@@ -167,7 +167,7 @@ def abort_uploads(uri: str | Path) -> None:
 
     Where that is not allowed they stay, unseen, until a rule of the bucket removes them.
     """
-    if not objects.is_object(uri):
+    if not s3.is_object(uri):
         return
     try:
         count = objects.abort_uploads(str(uri))
@@ -183,7 +183,7 @@ def remove_all(uri: str | Path) -> None:
 
     A kill in between leaves no half of a folder, and of a dataset in a bucket no manifest.
     """
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         objects.remove([join(uri, MANIFEST)])
         objects.remove_below(str(uri))
     elif local_path(uri).is_dir():
@@ -228,13 +228,13 @@ def upload(folder: str | Path, uri: str) -> None:
 
 def opened(uri: str | Path) -> Any:
     """What `pyarrow.parquet` reads a file or an object from, by parts."""
-    return objects.opened(str(uri)) if objects.is_object(uri) else local_path(uri)
+    return object_files.opened(str(uri)) if s3.is_object(uri) else local_path(uri)
 
 
 @contextmanager
 def open_parquet(uri: str | Path) -> Iterator[pq.ParquetFile]:
     """A shard that is read by parts, of which few are in memory."""
-    place = objects.ObjectFile(str(uri)) if objects.is_object(uri) else local_path(uri)
+    place = object_files.ObjectFile(str(uri)) if s3.is_object(uri) else local_path(uri)
     with logs.blamed(shard=Path(uri).name), files.open_parquet(place) as file:
         yield file
 
@@ -247,8 +247,8 @@ def read_table(uri: str | Path, **options: Any) -> pa.Table:
 
 def arrow_place(uri: str | Path) -> tuple[Any, str]:
     """Arrow's file system for a URI, None for local ones, and the path in it."""
-    if objects.is_object(uri):
-        return objects.filesystem(str(uri))
+    if s3.is_object(uri):
+        return s3.filesystem(str(uri))
     return None, str(local_path(uri))
 
 
@@ -259,17 +259,17 @@ def files_at(uri: str | Path) -> list[files.File]:
         DatasetError: there is no such object, and none of a known kind below.
         StorageError: object storage refuses.
     """
-    if not objects.is_object(uri):
+    if not s3.is_object(uri):
         return [local_path(uri)]
     check(uri)
     place = str(uri)
     if objects.size(place) is not None:
-        return [objects.ObjectFile(place)]
+        return [object_files.ObjectFile(place)]
     names = [found.name for found in objects.listing(place) if files.is_data(found.name.split("/"))]
     if not names:
         raise DatasetError(f"there is no {uri}, and no {', '.join(files.KINDS)} below it")
     above = place.rstrip("/").rpartition("/")[2]
-    return [objects.ObjectFile(join(place, name), f"{above}/{name}") for name in names]
+    return [object_files.ObjectFile(join(place, name), f"{above}/{name}") for name in names]
 
 
 def write_shard(uri: str | Path, name: str, table: pa.Table) -> None:
@@ -280,7 +280,7 @@ def write_shard(uri: str | Path, name: str, table: pa.Table) -> None:
 
 
 def _write_shard(uri: str | Path, name: str, table: pa.Table) -> None:
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         whole = pa.BufferOutputStream()
         pq.write_table(table, whole)
         objects.write(join(uri, f"{name}.parquet"), whole.getvalue().to_pybytes())
@@ -296,7 +296,7 @@ def list_shards(uri: str | Path) -> list[str]:
 
 def write_manifest(uri: str | Path, manifest: Manifest) -> Manifest:
     """The manifest with the shards that lie there now; from here on the dataset is whole."""
-    if not objects.is_object(uri):
+    if not s3.is_object(uri):
         folder = local_path(uri)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -413,14 +413,14 @@ def row_counts(shards: Sequence[str | Path]) -> list[int]:
 
 def any_there(uri: str | Path) -> bool:
     """Whether anything lies at or below the URI."""
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         return next(objects.listing(str(uri)), None) is not None
     return local_path(uri).is_dir()
 
 
 def names(uri: str | Path) -> Iterator[str]:
     """Of what lies in a folder, in their order; of a folder in a bucket again with each object."""
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         yield from (found.name.partition("/")[0] for found in objects.listing(str(uri)))
     elif local_path(uri).is_dir():
         yield from sorted(path.name for path in local_path(uri).iterdir())
@@ -428,7 +428,7 @@ def names(uri: str | Path) -> Iterator[str]:
 
 def folders(uri: str | Path) -> list[str]:
     """Names of the folders in a folder, in their order, but for hidden ones."""
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         inside = list(objects.folders(str(uri)))
     else:
         _, inside, _ = next(os.walk(local_path(uri)), ("", [], []))
@@ -437,7 +437,7 @@ def folders(uri: str | Path) -> list[str]:
 
 def _shard_sizes(uri: str | Path) -> dict[str, int]:
     """The bytes of each shard, by its path below the URI."""
-    if objects.is_object(uri):
+    if s3.is_object(uri):
         return {
             found.name: found.bytes
             for found in objects.listing(str(uri))

@@ -41,7 +41,7 @@ LINES = (
         *("trials", "answerers", "baselines", "measures", "trial_page"),
     },
     {
-        *("storage", "objects", "lease", "mirror", "copies"),
+        *("storage", "s3", "objects", "object_files", "lease", "mirror", "copies"),
         *("notes", "status", "estimate", "completeness"),
     },
     {"stages"},
@@ -53,8 +53,8 @@ TESTING = "testing"
 
 ONLY_IN = {
     "ray": ("stages", "jobs", "serve"),
-    "boto3": ("objects",),
-    "botocore": ("objects",),
+    "boto3": ("objects", "s3"),
+    "botocore": ("objects", "s3"),
     "moto": (TESTING,),
     "openai": ("triplets.endpoint", "triplets.writer", "triplets.openai_finetune", "remote_editor"),
     "open_clip": ("clip", "miniature", TESTING),

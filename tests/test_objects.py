@@ -1,8 +1,6 @@
 """Objects against a server that speaks S3, and against what goes wrong on the way to it."""
 
-import gzip
 import os
-import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -12,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ip2p_ray import objects, storage
-from ip2p_ray.errors import ConfigError, DatasetError, StorageError
+from ip2p_ray import object_files, objects, s3, storage
+from ip2p_ray.errors import DatasetError
 from ip2p_ray.schema import CAPTIONS
 from ip2p_ray.stages import run
 from ip2p_ray.testing import FaultyWay, WayFaults, bucket_process
@@ -55,7 +53,7 @@ def test_a_large_object_comes_in_parts(bucket):
     data = os.urandom(40 << 20)
     objects.write(f"{bucket}/large", data)
     assert objects.read(f"{bucket}/large") == data
-    name, key = objects.split(f"{bucket}/large")
+    name, key = s3.split(f"{bucket}/large")
     etag = boto3.client("s3").head_object(Bucket=name, Key=key)["ETag"]
     assert etag.endswith('-3"')
 
@@ -146,28 +144,6 @@ def test_uploads_that_are_not_found_end_nothing(bucket, bucket_endpoint, monkeyp
         assert way.counts["DELETE"] == (2 if method == "DELETE" else 0)
 
 
-def test_arrow_tries_as_often_in_another_process(bucket, monkeypatch):
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "4")
-    with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=(503, "SlowDown"))) as way:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
-        system, path = objects.filesystem(f"{bucket}/a")
-        for expected in (4, 8):
-            with pytest.raises(OSError, match="HTTP status 503") as raised:
-                system.open_input_file(path)
-            assert str(run.own_error(raised.value)).endswith("the same command goes on")
-            assert way.counts["HEAD"] == expected
-            system = pickle.loads(pickle.dumps(system))
-
-
-def test_what_arrow_writes_is_one_request_while_it_is_small(bucket, bucket_endpoint, monkeypatch):
-    with FaultyWay(bucket_endpoint) as way:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
-        system, path = objects.filesystem(f"{bucket}/a.parquet")
-        pq.write_table(TABLE, path, filesystem=system)
-        assert (way.counts["PUT"], way.counts["POST"]) == (1, 0)
-        assert storage.count_rows(f"{bucket}/a.parquet") == 5
-
-
 def test_faults_on_the_way_are_met_by_another_attempt(faulty, bucket):
     data = {f"{number:02d}": os.urandom(5000 * number) for number in range(10)}
     for name, content in data.items():
@@ -175,24 +151,8 @@ def test_faults_on_the_way_are_met_by_another_attempt(faulty, bucket):
     assert [found.name for found in objects.listing(f"{bucket}/few")] == list(data)
     for name, content in data.items():
         assert objects.read(f"{bucket}/few/{name}") == content
-        assert objects.opened(f"{bucket}/few/{name}").read() == content
+        assert object_files.opened(f"{bucket}/few/{name}").read() == content
     assert min(faulty.counts[kind] for kind in ("slow_down", "hang_up", "cut")) > 0
-
-
-def test_a_small_part_that_was_refused_is_asked_for_again(bucket, bucket_endpoint, monkeypatch):
-    data = os.urandom(100)
-    objects.write(f"{bucket}/a", data)
-    faults = WayFaults(slow_down=0.3, cut=0.2, methods=("GET",))
-    with FaultyWay(bucket_endpoint, faults) as way:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
-        with objects.ObjectFile(f"{bucket}/a").open() as stream:
-            assert stream.seek(-10, os.SEEK_END) == 90
-            assert stream.read() == data[-10:]
-            assert stream.read(1) == b""
-            for start in range(0, 100, 8):
-                stream.seek(start)
-                assert stream.read(8) == data[start : start + 8]
-    assert min(way.counts["slow_down"], way.counts["cut"]) > 0
 
 
 def test_a_dataset_lies_in_a_bucket_as_it_does_in_a_folder(bucket):
@@ -260,114 +220,8 @@ def test_a_killed_upload_leaves_the_object_that_was_there(bucket, pause):
     assert found in (b"a" * (20 << 20), b"b" * (20 << 20))
 
 
-@pytest.mark.parametrize(
-    ("code", "status", "told"),
-    [
-        ("AccessDenied", 403, "access is denied: the credentials in use have no right to it"),
-        ("ExpiredToken", 400, "the credentials have expired; renew them"),
-        ("InvalidAccessKeyId", 403, "the credentials are refused; check AWS_ACCESS_KEY_ID"),
-        ("SignatureDoesNotMatch", 403, "the credentials are refused; check AWS_ACCESS_KEY_ID"),
-        ("SlowDown", 503, "the store kept answering that it is overloaded"),
-        ("Odd", 400, "failed: Odd as it was told"),
-    ],
-)
-def test_what_a_server_refuses_is_one_sentence(bucket, monkeypatch, code, status, told, tmp_path):
-    with FaultyWay("http://127.0.0.1:9", WayFaults(refusal=(status, code))) as way:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-        for ask in (
-            lambda: objects.check(bucket),
-            lambda: objects.read(f"{bucket}/a"),
-            lambda: objects.read_file(f"{bucket}/a", tmp_path / "a"),
-            lambda: objects.write(f"{bucket}/a", b"a"),
-            lambda: objects.size(f"{bucket}/a"),
-            lambda: list(objects.listing(bucket)),
-            lambda: objects.remove([f"{bucket}/a"]),
-            lambda: objects.opened(f"{bucket}/a"),
-            lambda: storage.read_dataset(bucket, CAPTIONS),
-            lambda: storage.write_shard(bucket, "a", TABLE),
-        ):
-            with pytest.raises(StorageError, match=told) as raised:
-                ask()
-            assert str(raised.value).startswith(bucket)
-            assert "\n" not in str(raised.value)
-
-
-def test_a_wrong_bucket_is_told(bucket):
-    for ask in (
-        objects.check,
-        lambda uri: objects.write(f"{uri}/a", b"a"),
-        lambda uri: objects.read(f"{uri}/a"),
-        lambda uri: objects.size(f"{uri}/a"),
-        lambda uri: objects.opened(f"{uri}/a"),
-        lambda uri: storage.read_dataset(uri, CAPTIONS),
-    ):
-        with pytest.raises(StorageError, match=r"there is no bucket test-none at http://127"):
-            ask("s3://test-none/folder")
-    for uri in ("s3://", "s3:///key", "s3://b$/key"):
-        with pytest.raises(ConfigError, match="names no bucket: give s3://bucket/folder"):
-            objects.check(uri)
-
-
-def test_a_server_that_is_not_there_is_told(bucket, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    for ask in (objects.check, objects.opened, lambda uri: objects.write(uri, b"")):
-        with pytest.raises(StorageError, match=r"at http://127\.0\.0\.1:9 cannot be reached"):
-            ask(f"{bucket}/a")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "nothing")
-    with pytest.raises(ConfigError, match="object storage is not set up: Invalid endpoint"):
-        objects.check(bucket)
-
-
-def test_what_an_address_has_before_its_host_is_not_told(bucket, monkeypatch):
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    for host in ("127.0.0.1:9", "127.0.0.1:no"):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:planted@{host}")
-        for ask in (objects.check, objects.opened):
-            with pytest.raises((StorageError, ConfigError)) as raised:
-                ask(f"{bucket}/a")
-            assert "planted" not in str(raised.value)
-
-
-def test_missing_credentials_are_told(bucket, monkeypatch):
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(ConfigError, match="there are no credentials for object storage; set AWS_"):
-        objects.check(bucket)
-
-
-def test_an_object_reads_as_a_file(bucket):
-    objects.write(f"{bucket}/folder/a.txt.gz", gzip.compress(b"a cat\na dog\n"))
-    file = objects.ObjectFile(f"{bucket}/folder/a.txt.gz")
-    assert (file.name, str(file)) == ("a.txt.gz", f"{bucket}/folder/a.txt.gz")
-    for _ in range(2):
-        with file.open() as stream, gzip.open(stream, "rt") as text:
-            assert text.read() == "a cat\na dog\n"
-    with pytest.raises(DatasetError, match="there is no such object"):
-        objects.ObjectFile(f"{bucket}/folder/b").open()
-    with pytest.raises(ConfigError, match="opened as rb, got w"):
-        file.open("w")
-
-
 def test_shards_are_plain_parquet_for_others(bucket):
     storage.write_shard(bucket, "part/a", TABLE)
-    system, path = objects.filesystem(bucket)
+    system, path = s3.filesystem(bucket)
     assert pq.read_table(f"{path}/part/a.parquet", filesystem=system).num_rows == 5
     assert storage.list_shards(bucket) == [f"{bucket}/part/a.parquet"]
-
-
-def test_uris():
-    assert objects.split("s3://bucket/a/b/") == ("bucket", "a/b")
-    assert objects.split("s3://bucket") == ("bucket", "")
-    assert objects.is_object("s3://bucket/a")
-    assert not objects.is_object("some/folder")
-    assert storage.absolute("s3://bucket/a/") == "s3://bucket/a"
-    assert storage.absolute("file:///data/a") == "/data/a"
-
-
-def test_credentials_that_stay_expired_are_one_sentence():
-    """botocore raises a bare RuntimeError of them."""
-    told = "s3://b/a: Credentials were refreshed"
-    with pytest.raises(StorageError, match=told), objects._told("s3://b/a"):
-        raise RuntimeError("Credentials were refreshed, but are still expired.")

@@ -34,7 +34,7 @@ from ip2p_ray.errors import (
     ReplyError,
     StageError,
 )
-from ip2p_ray.objects import ObjectFolder
+from ip2p_ray.object_files import ObjectFolder
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS
 from ip2p_ray.stages import metrics, plan, run

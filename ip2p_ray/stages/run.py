@@ -21,7 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ip2p_ray
-from ip2p_ray import lease, logs, notes, objects, storage
+from ip2p_ray import lease, logs, notes, object_files, storage
 from ip2p_ray.atomic import remove_leftovers
 from ip2p_ray.command import CustomResources, require_resources
 from ip2p_ray.errors import (
@@ -430,7 +430,7 @@ def own_error(error: BaseException | None) -> Ip2pError | None:
             told = error.strerror or str(error)
             where = f"{error.filename}: " if error.filename else ""
             return StorageError(f"{where}{told}; once that is mended the same command goes on")
-        if isinstance(error, OSError) and objects.is_refusal(error):
+        if isinstance(error, OSError) and object_files.is_refusal(error):
             told = str(error).splitlines()[0]
             return StorageError(f"{told}; once that is mended the same command goes on")
     failures = getattr(error, "worker_failures", None)

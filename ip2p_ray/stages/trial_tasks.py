@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ip2p_ray import files, objects, storage
+from ip2p_ray import files, objects, s3, storage
 from ip2p_ray.copies import local_file, local_folder
 from ip2p_ray.edit_sets import Asked, Turns, inputs, read_edits
 from ip2p_ray.errors import ConfigError, ImageError, LargeImageError, StageError
@@ -143,7 +143,7 @@ def _path(source: TaskSource) -> Path:
     A Parquet file has them in it; beside another file of a set lie those that it names.
     """
     uri = source.data.rstrip("/")
-    if not objects.is_object(uri) or objects.size(uri) is None:
+    if not s3.is_object(uri) or objects.size(uri) is None:
         return Path(local_folder(source.data))
     if uri.endswith(".parquet"):
         return Path(local_file(uri))

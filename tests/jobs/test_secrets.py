@@ -73,7 +73,7 @@ def test_jobs_write_and_say_no_key(tmp_path):
 
 SHOWN = """
 import os, pickle
-from ip2p_ray import objects, presets
+from ip2p_ray import object_files, objects, presets, s3
 from ip2p_ray.errors import Ip2pError
 from ip2p_ray.remote_editor import RemoteEditor
 from ip2p_ray.triplets.endpoint import Connection, Endpoint
@@ -83,14 +83,14 @@ from serve.app import ServiceConfig
 from serve.keys import Keys
 
 travels = [WriterConfig(model="fake"), Endpoint(), ServiceConfig(), presets.by_name("miniature")]
-travels += [Preflight(), objects.ObjectFolder("s3://bucket/a"), objects.ObjectFile("s3://bucket/a")]
+travels += [Preflight(), object_files.ObjectFolder("s3://bucket/a"), object_files.ObjectFile("s3://bucket/a")]
 for each in travels:
     print(repr(each), str(each), vars(each), pickle.dumps(each))
 stays = [Connection(Endpoint()), OpenAIWriter(WriterConfig(model="fake")), Keys.from_environment()]
-stays += [RemoteEditor("http://127.0.0.1:9", os.environ["IP2P_API_KEY"]), objects._s3()]
+stays += [RemoteEditor("http://127.0.0.1:9", os.environ["IP2P_API_KEY"]), s3.client()]
 for each in stays:
     print(repr(each), str(each))
-for call in (objects.check, objects.read, objects.opened):
+for call in (objects.check, objects.read, object_files.opened):
     try:
         call("s3://bucket/a")
     except Ip2pError as error:

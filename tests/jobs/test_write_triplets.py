@@ -20,7 +20,8 @@ import ray
 from ip2p_ray import storage
 from ip2p_ray.miniature.scores import random_captions
 from ip2p_ray.miniature.weights import WEIGHTS
-from ip2p_ray.objects import ObjectFolder, is_object
+from ip2p_ray.object_files import ObjectFolder
+from ip2p_ray.s3 import is_object
 from ip2p_ray.schema import REJECTS, TRIPLETS, caption_key, reply_key, triplet_key
 from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit

@@ -9,7 +9,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from ip2p_ray import objects, storage
+from ip2p_ray import objects, s3, storage
 from ip2p_ray.schema import PAIRS, REJECTS, SCORES
 from ip2p_ray.testing import FaultyWay, WayFaults
 from ip2p_ray.testing.pairs import write_triplets
@@ -81,7 +81,7 @@ def test_a_killed_run_on_a_bad_way_ends_as_one_in_a_folder(
     made = [line for line in lines(log) if line["pid"] not in first]
     assert len(made) <= 2 * TRIPLETS - noted, "a noted triplet was made again"
 
-    client, name = boto3.client("s3"), objects.split(bucket)[0]
+    client, name = boto3.client("s3"), s3.split(bucket)[0]
     keys = [item["Key"] for item in client.list_objects_v2(Bucket=name)["Contents"]]
     assert "run/pairs.html" in keys
     assert not [key for key in keys if ".work" in key or key.endswith("/.lock")]

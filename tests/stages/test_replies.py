@@ -10,7 +10,7 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.errors import BudgetError, ConfigError, DatasetError, StageError
-from ip2p_ray.objects import ObjectFolder
+from ip2p_ray.object_files import ObjectFolder
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, reply_key, triplet_key
 from ip2p_ray.stages import plan, replies, run
 from ip2p_ray.stages.captions import collect_captions

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from ip2p_ray import objects
+from ip2p_ray import object_files, objects
 from ip2p_ray.errors import DatasetError, StorageError
 from ip2p_ray.schema import reply_key
 from ip2p_ray.testing import FaultyWay, WayFaults
@@ -192,14 +192,14 @@ def test_a_mangled_object_loses_the_lines_that_were_hit():
 
 
 def test_an_object_that_is_taken_away_is_told(bucket):
-    folder = objects.ObjectFolder(f"{bucket}/journal")
+    folder = object_files.ObjectFolder(f"{bucket}/journal")
     with pytest.raises(DatasetError, match=f"{bucket}/journal/a cannot be read"):
         folder.read("a", 0)
 
 
 JOURNALS = """
 import sys, time
-from ip2p_ray.objects import ObjectFolder
+from ip2p_ray.object_files import ObjectFolder
 from ip2p_ray.schema import reply_key
 from ip2p_ray.triplets.journal import Journal, JournalledWriter
 from ip2p_ray.triplets.reply import Reply
@@ -240,7 +240,7 @@ def test_a_process_that_is_killed_loses_nothing_it_was_told_is_kept(
                 process.kill()
                 kept += process.stdout.readlines()
             numbers = {int(line) for line in kept if line.endswith("\n")}
-            journal = Journal(objects.ObjectFolder(uri))
+            journal = Journal(object_files.ObjectFolder(uri))
             for number in numbers:
                 assert journal.get(key(number)) == reply("x" * (number % 977))
             assert journal.corrupt == 0
