@@ -2,9 +2,9 @@
 
 It holds who writes it again and again. Who wants it while it is there watches: if it does not
 change for long enough its holder is gone, killed perhaps, and it is taken over by a write that
-fails if anybody else wrote meanwhile. A holder that is seen to have died, for it was a process of
-the same machine, is not waited for. A store that ignores the conditions of a write (If-Match and
-If-None-Match) gives no lease, and lets everybody in.
+fails if anybody else wrote meanwhile. Of a holder that is seen to have died, for it was a process
+of the same machine, only what it had started elsewhere is waited for. A store that ignores the
+conditions of a write (If-Match and If-None-Match) gives no lease, and lets everybody in.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -39,12 +40,17 @@ As long as other requests are repeated (`s3.ATTEMPTS`): a store that is away for
 run.
 """
 
+LINGERS_S = 20.0
+"""What a process has started in a cluster, actors above all, is gone so long after its death."""
+
 _LATER = 1.25
 """Who waits does so longer: by then the holder has ended."""
 
 
 @contextlib.contextmanager
-def held(uri: str, *, beat_s: float = BEAT_S, gone_s: float = GONE_S) -> Iterator[None]:
+def held(
+    uri: str, *, beat_s: float = BEAT_S, gone_s: float = GONE_S, lingers_s: float = LINGERS_S
+) -> Iterator[None]:
     """The object at the URI for this process alone while the block runs in its main thread.
 
     A block whose lease is lost is interrupted, as by Ctrl-C: it must write no more.
@@ -54,7 +60,7 @@ def held(uri: str, *, beat_s: float = BEAT_S, gone_s: float = GONE_S) -> Iterato
         StorageError: the bucket cannot be written to.
     """
     lease = _Lease(uri)
-    lease.take(beat_s, gone_s)
+    lease.take(beat_s, gone_s, lingers_s)
     stop = threading.Event()
 
     def beat() -> None:
@@ -113,12 +119,10 @@ class _Lease:
         self._beats = itertools.count()
         self._tag: str | None = None
 
-    def take(self, beat_s: float, gone_s: float) -> None:
-        seen, since = None, time.monotonic()
+    def take(self, beat_s: float, gone_s: float, lingers_s: float) -> None:
+        seen, since, dead_since = None, time.monotonic(), math.inf
         while not self._write(None):
             tag = objects.tag(self._uri)
-            if tag is not None and _died(self._there()) and self._write(tag):
-                return
             if seen is None:
                 _log.info("%s is there: waiting whether its run is still alive", self._uri)
                 seen = tag
@@ -127,7 +131,11 @@ class _Lease:
                     f"another run is working in {self._uri.rpartition('/')[0]}; wait for it or "
                     "give another folder"
                 )
-            if time.monotonic() - since > _LATER * gone_s and tag is not None and self._write(tag):
+            now = time.monotonic()
+            if _died(self._there()):
+                dead_since = min(dead_since, now)
+            over = now - since > _LATER * gone_s or now - dead_since >= lingers_s
+            if over and tag is not None and self._write(tag):
                 return
             time.sleep(min(beat_s, gone_s) / 4)
 

@@ -62,11 +62,13 @@ def test_a_lease_that_is_held_is_not_given(bucket, holder):
         pass
 
 
-def test_a_lease_whose_holder_was_killed_is_taken_over_at_once(bucket, holder):
+def test_a_lease_is_taken_over_when_what_its_dead_holder_left_is_gone(bucket, holder):
     uri = f"{bucket}/run/.lock"
     process = holder(uri, 60.0)
     process.kill()
-    with lease.held(uri, gone_s=3600.0):
+    began = time.monotonic()
+    with lease.held(uri, gone_s=3600.0, beat_s=0.4, lingers_s=1.0):
+        assert time.monotonic() - began >= 1.0
         assert objects.size(uri) > 0
     assert objects.size(uri) is None
     process.wait()
@@ -87,7 +89,7 @@ def test_a_holder_that_is_not_seen_to_have_died_is_waited_for(bucket, holder, sa
         told |= {"process": os.getpid(), "started": lease._started(os.getpid())}
     objects.write(uri, json.dumps(told).encode())
     began = time.monotonic()
-    with lease.held(uri, gone_s=0.5):
+    with lease.held(uri, gone_s=0.5, lingers_s=0.0):
         assert time.monotonic() - began > 0.5
 
 
@@ -98,7 +100,7 @@ def test_a_process_that_has_the_number_of_a_dead_holder_is_not_waited_for(bucket
     process.wait()
     told = json.loads(objects.read(uri)) | {"process": os.getpid()}
     objects.write(uri, json.dumps(told).encode())
-    with lease.held(uri, gone_s=3600.0):
+    with lease.held(uri, gone_s=3600.0, lingers_s=0.0):
         assert objects.size(uri) > 0
 
 

@@ -229,8 +229,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     """The folder, made if need be, for this process alone while the block runs.
 
     What killed runs left half-written in it is cleared away first. In a bucket a run that was
-    killed on another machine is waited for (`lease.GONE_S`), because nothing but its silence tells
-    that it is gone.
+    killed is waited for (`lease.GONE_S`; on its own machine, where it is seen to be gone, less).
 
     Raises:
         ConfigError: it cannot be made or written to.
