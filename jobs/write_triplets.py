@@ -175,7 +175,7 @@ def main(job: WriteTriplets) -> int:
 def _ask(job: WriteTriplets) -> None:
     """By a model at a server."""
     from ip2p_ray import storage
-    from ip2p_ray.stages import replies, run
+    from ip2p_ray.stages import journals, replies, reply_rows, run
     from ip2p_ray.stages.triplets import ask_triplets
     from ip2p_ray.triplets.endpoint import Endpoint
     from ip2p_ray.triplets.examples import load_examples
@@ -221,11 +221,11 @@ def _ask(job: WriteTriplets) -> None:
     captions = storage.absolute(job.captions)
     with run.locked(out):
         if job.retry_rejects:
-            count = replies.drop_unanswered(out)
+            count = reply_rows.drop_unanswered(out)
             print(f"write_triplets: {count:,} captions without a reply are asked about again")
         if storage.is_local(journal):
             require_place("--journal", storage.local_path(journal), folder=True)
-        with replies.journal_held(journal, out):
+        with journals.held(journal, out):
             replies.check(captions, out, config, examples=examples, endpoint=asking.endpoint)
             held = run.Resources(actors=job.actors, custom=asking.custom)
             with run.ray_to_make(storage.join(out, "replies"), workers=job.actors, actors=[held]):

@@ -13,54 +13,35 @@ import asyncio
 import fcntl
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import ray
 
-from ip2p_ray import errors, lease, parquet, storage
-from ip2p_ray.captions import surely_fits
+from ip2p_ray import parquet, storage
 from ip2p_ray.command import CustomResources
 from ip2p_ray.errors import (
-    BudgetError,
     ConfigError,
     DatasetError,
     Ip2pError,
     ReplyError,
     StageError,
 )
-from ip2p_ray.object_files import ObjectFolder
 from ip2p_ray.report import Report
 from ip2p_ray.schema import CAPTIONS
-from ip2p_ray.stages import metrics, plan, run
+from ip2p_ray.stages import journals, metrics, plan, reply_rows, run, shared_limits
+from ip2p_ray.stages.reply_rows import JUDGED, REPLIES, STOPPED, fits_openai
 from ip2p_ray.triplets.endpoint import Endpoint
-from ip2p_ray.triplets.journal import Journal, JournalledWriter
-from ip2p_ray.triplets.limits import Limits, LimitsConfig, Usage
-from ip2p_ray.triplets.reply import NO_REPLY, Triplet, encodable, parse_reply, read_reply
+from ip2p_ray.triplets.journal import JournalledWriter
+from ip2p_ray.triplets.limits import LimitsConfig, Usage
+from ip2p_ray.triplets.reply import NO_REPLY, Triplet, encodable, read_reply
 from ip2p_ray.triplets.writer import OpenAIWriter, WriterConfig
 
 logger = logging.getLogger(__name__)
 
-REPLIES = pa.schema(
-    [
-        *CAPTIONS,
-        ("reply", pa.string()),  # or what went wrong instead
-        ("status", pa.string()),  # "ok", or why the reply is no triplet
-        ("instruction", pa.string()),  # null unless the status is "ok"
-        ("edited_caption", pa.string()),  # null unless the status is "ok"
-    ]
-)
-
-AFTER_TRIPLETS = ("candidates", "scores", "pairs", "latents", "checkpoints", "editor")
-"""What is made of triplets, as it is named in their folder."""
-
-STOPPED = "stopped"
-"""Begins the status, "stopped ConfigError", of a caption that was not asked about any more."""
 
 _MOST_ROWS = 500
 _BATCHES = 4  # Ray Data runs as many of a block at the same time
@@ -114,10 +95,10 @@ class AskReplies:
         tally: Any = None,
     ) -> None:
         self._count = Count(tally)
-        self._sign = _sign(asking)
+        self._sign = journals.sign(asking.signs or asking.journal)
         if self._sign is not None:
             fcntl.flock(self._sign, fcntl.LOCK_SH)  # until this process ends
-        shared = None if limits is None else RemoteLimits(limits)
+        shared = None if limits is None else shared_limits.RemoteLimits(limits)
         writer = OpenAIWriter(
             config,
             asking.endpoint,
@@ -126,13 +107,13 @@ class AskReplies:
             observer=metrics.WriterMetrics(asking.limits),
         )
         self._turn = _Turn(asking.concurrency)
-        self._writer = JournalledWriter(writer, _journal(asking), self._turn)
+        self._writer = JournalledWriter(writer, journals.opened(asking.journal), self._turn)
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """A reply to each caption of the batch, read; or why there is none."""
         rows = batch.select(CAPTIONS.names).to_pylist()
         found = await asyncio.gather(*(self._counted(row["caption"]) for row in rows))
-        verdicts = _verdicts(answer["status"] for answer in found)
+        verdicts = reply_rows.verdicts(answer["status"] for answer in found)
         metrics.judged("replies", verdicts)
         self._count.judge(verdicts)
         for row, answer in zip(rows, found, strict=True):
@@ -216,47 +197,6 @@ class _Turn(AbstractAsyncContextManager[None]):
         return own
 
 
-@ray.remote(num_cpus=0)
-class SharedLimits:
-    """`LocalLimits` for all actors of a plan."""
-
-    def __init__(self, config: LimitsConfig, spent: Usage) -> None:
-        from ip2p_ray.triplets.limits import LocalLimits
-
-        self._limits = LocalLimits(config, spent=spent)
-
-    async def acquire(self, most: Usage) -> int:
-        """See `Limits.acquire`."""
-        return await self._limits.acquire(Usage(*most))
-
-    async def settle(self, ticket: int, used: Usage | None) -> None:
-        """See `Limits.settle`."""
-        await self._limits.settle(ticket, None if used is None else Usage(*used))
-
-
-class RemoteLimits(Limits):
-    """`SharedLimits` as an actor's writer asks it."""
-
-    def __init__(self, limits: Any) -> None:
-        self._limits = limits
-
-    async def acquire(self, most: Usage) -> int:
-        """See `Limits.acquire`."""
-        try:
-            return int(await self._limits.acquire.remote(most))
-        except ray.exceptions.RayActorError as error:
-            raise StageError(
-                "the actor that counts what is spent was lost; the same command goes on from here"
-            ) from error
-        except ray.exceptions.RayTaskError as error:
-            # Ray's own has a traceback for a text.
-            raise run.own_error(error) or error from None
-
-    async def settle(self, ticket: int, used: Usage | None) -> None:
-        """See `Limits.settle`; told, not waited for."""
-        self._limits.settle.remote(ticket, used)
-
-
 def check(
     captions: str,
     folder: str,
@@ -287,26 +227,6 @@ def require_captions(captions: str) -> None:
     _require_columns(plan.shards(captions))
 
 
-@contextmanager
-def journal_held(journal: str, folder: str) -> Iterator[None]:
-    """A journal in a bucket for this process alone while the block runs, and surely writable.
-
-    Nothing is done where the folder has all replies. A journal on disk is for those alone who
-    lock it (`ask_replies`).
-
-    Raises:
-        StageError: another run is asking for it.
-        StorageError: it cannot be written to.
-    """
-    whole = storage.exists(storage.join(folder, "replies", storage.MANIFEST))
-    if whole or storage.is_local(journal):
-        yield
-        return
-    storage.check(journal)
-    with lease.held(storage.join(journal, ".lock")):
-        yield
-
-
 def ask_replies(
     captions: str,
     uri: str,
@@ -331,13 +251,14 @@ def ask_replies(
         sources = plan.shards(captions)
         _require_columns(sources)
         rows = plan.count_rows(sources)
-        _wait_for_others(asking)
-        if _is_to_be_asked_again(uri):
+        journals.wait_for_others(asking.journal, asking.signs, asking.wait_s)
+        if reply_rows.is_to_be_asked_again(uri):
             logger.info("replies: some captions have no reply yet; the others are in the journal")
-            _drop(uri)
-        with _journal(asking) as journal:
+            reply_rows.drop(uri)
+        with journals.opened(asking.journal) as journal:
             spent, known = journal.usage(), len(journal)
-        limits = _limits(asking, spent)
+        calls = 2 * asking.actors * asking.concurrency + 16
+        limits = shared_limits.start(asking.limits, spent, calls)
         block = min(_MOST_ROWS, max(32, rows // (8 * asking.actors)))
         step = plan.Step(
             callable=AskReplies,
@@ -367,49 +288,12 @@ def ask_replies(
         finally:
             if limits is not None:
                 ray.kill(limits)
-            with _journal(asking) as journal:
+            with journals.opened(asking.journal) as journal:
                 _log_spent(asking.limits, journal.usage(), spent, len(journal) - known)
-        _judge(uri, rows, asking.max_no_reply)
+        reply_rows.judge(uri, rows, asking.max_no_reply)
         return []
 
     return run.make(uri, origin, ask)
-
-
-def drop_unanswered(folder: str) -> int:
-    """How many captions of `<folder>/replies` have no reply.
-
-    If any has none, that dataset and those made from it are dropped, so that they are asked again.
-
-    Raises:
-        StageError: the folder has what was made of the triplets, which would no longer match.
-    """
-    replies = storage.join(folder, "replies")
-    if not storage.exists(storage.join(replies, storage.MANIFEST)):
-        return 0  # not whole yet: what has no reply there is asked for again anyway
-    count = sum(1 for _ in _unfinished(replies))
-    if not count:
-        return 0
-    made = [name for name in AFTER_TRIPLETS if storage.any_there(storage.join(folder, name))]
-    if made:
-        raise StageError(
-            f"{count:,} captions have no reply, but asking again would change the triplets that "
-            f"{', '.join(made)} in {folder} were made of: delete these, or copy {folder}/journal "
-            "to another --out and write the triplets there, which asks for nothing that it has"
-        )
-    for name in ("triplets", "rejects/triplets", "replies"):
-        storage.remove_all(storage.join(folder, name))
-    return count
-
-
-def unanswered(uri: str) -> str | None:
-    """A digest of which captions of the replies at `uri` have none; None where all have one."""
-    keys = [
-        key
-        for shard in storage.list_shards(uri)
-        for key, status in _columns(shard, "caption_key", "status")
-        if status == NO_REPLY
-    ]
-    return blake2b("\n".join(sorted(keys)).encode(), digest_size=8).hexdigest() if keys else None
 
 
 def origin_of(
@@ -429,53 +313,6 @@ async def _check(config: WriterConfig, examples: Sequence[Triplet], endpoint: En
         await writer.check()
 
 
-def _limits(asking: Asking, spent: Usage) -> Any:
-    """The actor that counts for all; None where there is nothing to count."""
-    told = asking.limits
-    caps = (told.requests_per_minute, told.tokens_per_minute, told.max_tokens, told.max_usd)
-    if not any(cap is not None for cap in caps):
-        return None
-    calls = 2 * asking.actors * asking.concurrency + 16
-    return run.beside_driver(SharedLimits, max_concurrency=calls).remote(told, spent)
-
-
-def _journal(asking: Asking) -> Journal:
-    if storage.is_local(asking.journal):
-        return Journal(storage.local_path(asking.journal))
-    return Journal(ObjectFolder(asking.journal))
-
-
-def _sign(asking: Asking) -> TextIO | None:
-    """The file that is locked as long as somebody asks for the journal."""
-    place = asking.signs or asking.journal
-    if not storage.is_local(place):
-        return None
-    folder = storage.local_path(place)
-    folder.mkdir(parents=True, exist_ok=True)
-    return (folder / ".asking").open("a")
-
-
-def _wait_for_others(asking: Asking) -> None:
-    """Returns when no actor asks for this journal: after a kill some live on for a moment."""
-    until = time.monotonic() + asking.wait_s
-    sign = _sign(asking)
-    if sign is None:
-        return
-    with sign:
-        while True:
-            try:
-                fcntl.flock(sign, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > until:
-                    raise StageError(
-                        f"another run is asking for the journal {asking.journal}; wait for it, or "
-                        "give another journal"
-                    ) from error
-                time.sleep(0.2)
-            else:
-                return
-
-
 def _require_columns(sources: Sequence[str]) -> None:
     for source in sources:
         names = parquet.read_schema(storage.opened(source), source).names
@@ -485,91 +322,6 @@ def _require_columns(sources: Sequence[str]) -> None:
                 f"{source} is no shard of captions: it lacks {', '.join(missing)} and has "
                 f"{', '.join(names)}; jobs/collect_captions.py makes captions of any file"
             )
-
-
-def _unfinished(uri: str) -> Iterator[tuple[str, str]]:
-    """(status, what was said) of each row that is not final, in whatever lies there."""
-    for shard in storage.list_shards(uri):
-        if any(_is_open(status) for (status,) in _columns(shard, "status")):
-            for status, text in _columns(shard, "status", "reply"):
-                if _is_open(status):
-                    yield status, text
-
-
-def _is_to_be_asked_again(uri: str) -> bool:
-    """Whether what an earlier attempt left has rows that are not final, or cannot be read."""
-    try:
-        return any(_unfinished(uri))
-    except (OSError, pa.ArrowException):
-        return True  # a kill cut a shard; the journal has all that is in it
-
-
-def _columns(shard: str, *names: str) -> Iterator[tuple[str, ...]]:
-    table = storage.read_table(shard, columns=list(names))
-    yield from zip(*(table[name].to_pylist() for name in names), strict=True)
-
-
-def _is_open(status: str) -> bool:
-    return status == NO_REPLY or status.startswith(STOPPED)
-
-
-def _verdicts(statuses: Iterable[str | None]) -> Counter[str | None]:
-    """By reason, and None for what can be used; of what is to be asked again, none."""
-    found = Counter[str | None]()
-    for status, count in Counter(map(str, statuses)).items():
-        if not _is_open(status):
-            found[None if status == "ok" else status] += count
-    return found
-
-
-def _verdicts_in(table: pa.Table) -> Counter[str | None]:
-    return _verdicts(table["status"].to_pylist())
-
-
-JUDGED = plan.Judged(columns=["status"], verdicts=_verdicts_in)
-"""Of rows of REPLIES."""
-
-
-def _drop(uri: str) -> None:
-    """The notes of what was written, then the shards.
-
-    After a kill in between some rows come twice, of which one is kept, but none is missing.
-    """
-    storage.remove_all(run.resume_folder(uri))
-    storage.remove_shards(uri)
-
-
-def _judge(uri: str, rows: int, max_no_reply: float) -> None:
-    """Returns if the replies are what they should be.
-
-    Raises:
-        Ip2pError: whatever stopped the actors.
-        StageError: too many captions have no reply.
-    """
-    lacking = 0
-    said = ""
-    for status, text in _unfinished(uri):
-        if status.startswith(STOPPED):
-            kind = getattr(errors, status.removeprefix(STOPPED).strip(), StageError)
-            if kind is BudgetError:
-                text += "; once there is more, the same command goes on, and asks for nothing twice"
-            raise kind(text)
-        lacking += 1
-        said = said or text
-    if lacking > max_no_reply * rows:
-        raise StageError(
-            f"replies: {lacking:,} of {rows:,} captions got none, more than the {max_no_reply:.0%} "
-            f"allowed, for example: {said}; the same command asks for those again and for no other"
-        )
-
-
-def row_of_reply(caption: str, reply: str, fits: Callable[[str], bool]) -> dict[str, str | None]:
-    """The columns that REPLIES adds to CAPTIONS, of a reply in the paper's text form."""
-    found = parse_reply(caption, reply, fits=fits)
-    if isinstance(found, Triplet):
-        texts = {"instruction": found.instruction, "edited_caption": found.edited_caption}
-        return {"reply": reply, "status": "ok", **texts}
-    return {"reply": reply, "status": found, "instruction": None, "edited_caption": None}
 
 
 def _log_spent(limits: LimitsConfig, usage: Usage, before: Usage, answered: int) -> None:
@@ -585,12 +337,3 @@ def _log_spent(limits: LimitsConfig, usage: Usage, before: Usage, answered: int)
         f"{usage.tokens:,}",
         in_all,
     )
-
-
-def fits_openai(text: str) -> bool:
-    """Whether OpenAI's CLIP reads the whole text; its vocabulary is loaded once one is long."""
-    if surely_fits(text):
-        return True
-    from ip2p_ray.clip import openai_fits
-
-    return openai_fits(text)

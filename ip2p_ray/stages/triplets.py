@@ -24,16 +24,8 @@ from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, split_of
 from ip2p_ray.stages import plan, run, vllm_writer
 from ip2p_ray.stages.captions import Shards
 from ip2p_ray.stages.ordering import in_order
-from ip2p_ray.stages.replies import (
-    JUDGED,
-    REPLIES,
-    Asking,
-    ask_replies,
-    fits_openai,
-    origin_of,
-    row_of_reply,
-    unanswered,
-)
+from ip2p_ray.stages.replies import Asking, ask_replies, origin_of
+from ip2p_ray.stages.reply_rows import JUDGED, REPLIES, fits_openai, row_of_reply, unanswered
 from ip2p_ray.triplets.quality import Quality, Tally
 from ip2p_ray.triplets.reply import DUPLICATE, Triplet
 from ip2p_ray.triplets.writer import WriterConfig, writer_recipe

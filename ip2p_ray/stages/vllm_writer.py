@@ -19,7 +19,7 @@ from ip2p_ray.errors import ConfigError
 from ip2p_ray.model_files import NO_CODE, require_safetensors
 from ip2p_ray.schema import CAPTIONS, stream_seed
 from ip2p_ray.stages import plan, run
-from ip2p_ray.stages.replies import fits_openai, row_of_reply
+from ip2p_ray.stages.reply_rows import fits_openai, row_of_reply
 from ip2p_ray.triplets.prompt import MAX_TOKENS, STOP, TEMPERATURE, completion_prompt
 
 Engine = Literal["auto", "transformers", "vllm"]

@@ -19,7 +19,7 @@ import yaml
 from ip2p_ray import storage
 from ip2p_ray.notes import read_origin
 from ip2p_ray.schema import SCORES
-from ip2p_ray.stages.replies import REPLIES
+from ip2p_ray.stages.reply_rows import REPLIES
 from ip2p_ray.testing import faulty_process
 
 ROOT = Path(__file__).parent.parent.parent

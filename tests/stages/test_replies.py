@@ -12,10 +12,11 @@ from ip2p_ray import storage
 from ip2p_ray.errors import BudgetError, ConfigError, DatasetError, StageError
 from ip2p_ray.object_files import ObjectFolder
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, reply_key, triplet_key
-from ip2p_ray.stages import plan, replies, run
+from ip2p_ray.stages import journals, plan, replies, run
 from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.stages.progress import Progress
-from ip2p_ray.stages.replies import REPLIES, Asking, AskReplies, Count, drop_unanswered
+from ip2p_ray.stages.replies import Asking, AskReplies, Count
+from ip2p_ray.stages.reply_rows import REPLIES, drop_unanswered, is_to_be_asked_again
 from ip2p_ray.stages.triplets import _made, ask_triplets
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit
 from ip2p_ray.triplets.endpoint import Endpoint
@@ -191,10 +192,10 @@ def test_what_is_wrong_is_told_before_anything_is_spent(tmp_path, monkeypatch):
 def test_a_cut_shard_is_asked_for_again(tmp_path):
     folder = tmp_path / "replies"
     folder.mkdir()
-    assert not replies._is_to_be_asked_again(str(folder))
+    assert not is_to_be_asked_again(str(folder))
     (folder / "a_000000_000000.parquet").write_bytes(b"")
     assert drop_unanswered(str(tmp_path)) == 0
-    assert replies._is_to_be_asked_again(str(folder))
+    assert is_to_be_asked_again(str(folder))
 
 
 def test_a_journal_with_half_a_character_is_read(tmp_path):
@@ -217,12 +218,12 @@ def test_a_journal_with_half_a_character_is_read(tmp_path):
 
 def test_a_journal_in_a_bucket_is_one_runs_alone(bucket, tmp_path):
     journal, folder = f"{bucket}/journal", str(tmp_path)
-    with replies.journal_held(journal, folder):
+    with journals.held(journal, folder):
         assert len(Journal(ObjectFolder(journal))) == 0
         assert storage.exists(f"{journal}/.lock")
     assert not storage.exists(f"{journal}/.lock")
     storage.write_manifest(f"{folder}/replies", storage.Manifest(dataset="replies"))
-    with replies.journal_held("s3://no-such-bucket/journal", folder):
+    with journals.held("s3://no-such-bucket/journal", folder):
         pass  # nothing is going to be asked for
 
 

@@ -10,7 +10,7 @@ from ip2p_ray.errors import ConfigError
 from ip2p_ray.schema import CAPTIONS, caption_key
 from ip2p_ray.stages import plan, run, vllm_writer
 from ip2p_ray.stages.captions import collect_captions
-from ip2p_ray.stages.replies import REPLIES
+from ip2p_ray.stages.reply_rows import REPLIES
 from ip2p_ray.stages.triplets import TripletConfig, write_triplets
 from ip2p_ray.triplets.prompt import STOP, completion, completion_prompt
 
