@@ -6,10 +6,8 @@ Source: the OpenAI API reference, `POST /v1/images/edits`; fields of ours are in
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import ipaddress
-import json
 import logging
 import math
 import time
@@ -26,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ip2p_ray.errors import ConfigError, DeadlineError, ImageError
+from serve import answers
 from serve.counting import Counting
 from serve.form import Asked, Limits, read_form, request_schema, understand
 from serve.keys import Keys, RateLimit
@@ -80,15 +79,13 @@ def create_api(config: ApiConfig, editing: Editing, counting: Counting | None = 
         swagger_ui_parameters={"validatorUrl": None},  # which is a site outside
     )
     service = _Service(config, editing, counting or Counting())
-    errors: dict[int | str, dict[str, Any]] = {
-        status: _error_schema(text) for status, text in _STATUSES.items()
-    }
+    errors = answers.error_schemas()
     app.add_api_route(
         "/v1/images/edits",
         service.edit,
         methods=["POST"],
         summary="Edit a picture",
-        responses={200: _ANSWER, **errors},
+        responses={200: answers.ANSWER, **errors},
         openapi_extra={"requestBody": request_schema(config.limits)},
         response_class=JSONResponse,
     )
@@ -242,17 +239,7 @@ class _Service:
         began = time.monotonic()
         made = await _while_connected(request, self._editing.edit(asked.order), self._problem)
         self._usual_s += 0.1 * (time.monotonic() - began - self._usual_s)
-        first = made[0]
-        return JSONResponse(
-            {
-                "created": int(time.time()),
-                "data": [{"b64_json": _base64(each), "seed": each.seed} for each in made],
-                **_described(asked, first),
-                "steps": first.steps,
-                "text_guidance_scale": first.text_guidance_scale,
-                "image_guidance_scale": first.image_guidance_scale,
-            }
-        )
+        return JSONResponse(answers.whole(asked, made))
 
     async def _stream(self, request: Request, asked: Asked) -> Response:
         stream = self._editing.stream(asked.order)
@@ -271,14 +258,14 @@ class _Service:
         edited: Edited | None = first
         try:
             while edited is not None:
-                yield _event(asked, edited, index)
+                yield answers.event(asked, edited, index)
                 index += 1
                 edited = await anext(rest, None)
             self._usual_s += 0.1 * (time.monotonic() - began - self._usual_s)
         except Exception as error:  # noqa: BLE001 raised again, unless it was foreseen
             problem = self._problem(error)
             self._counting.refused(problem.reason)
-            yield _sse("error", problem.body)
+            yield answers.sse("error", problem.body)
         finally:
             await rest.aclose()
 
@@ -416,44 +403,6 @@ def _host_in(address: str) -> str:
         return ""
 
 
-def _described(asked: Asked, edited: Edited) -> dict[str, Any]:
-    return {
-        "size": f"{edited.width}x{edited.height}",
-        "output_format": asked.form.output_format,
-        "quality": "auto",
-        "background": "opaque",
-    }
-
-
-def _event(asked: Asked, edited: Edited, index: int) -> bytes:
-    common = {
-        "b64_json": _base64(edited),
-        "created_at": int(time.time()),
-        **_described(asked, edited),
-        "seed": edited.seed,
-        "step": edited.step,
-        "steps": edited.steps,
-    }
-    if edited.is_preview:
-        return _sse("image_edit.partial_image", {**common, "partial_image_index": index})
-    details = {"image_tokens": 0, "text_tokens": 0}
-    usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-    scales = {
-        "text_guidance_scale": edited.text_guidance_scale,
-        "image_guidance_scale": edited.image_guidance_scale,
-    }
-    usage_told = {"usage": {**usage, "input_tokens_details": details}}
-    return _sse("image_edit.completed", {**common, **scales, **usage_told})
-
-
-def _sse(kind: str, body: dict[str, Any]) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **body})}\n\n".encode()
-
-
-def _base64(edited: Edited) -> str:
-    return base64.b64encode(edited.data).decode("ascii")
-
-
 async def _http_problem(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the same shape as all else."""
     assert isinstance(error, HTTPException)
@@ -470,70 +419,3 @@ async def _http_problem(request: Request, error: Exception) -> Response:
 async def _unforeseen(_request: Request, _error: Exception) -> Response:
     """Whatever nobody thought of; the server's log has it, the answer does not."""
     return Problem(500, "something went wrong here; the operator's log says what").response()
-
-
-_STATUSES = {
-    400: "A field cannot be used; `param` names it.",
-    401: "No key, or a wrong one.",
-    403: "No keys are configured, and the request comes from another machine.",
-    404: "Another model than the one that is served.",
-    408: "Not done before the deadline, or the body was not sent in time.",
-    413: "The body is too long.",
-    415: "Not multipart/form-data.",
-    429: "Too many requests wait, or of this key; Retry-After says when to come again.",
-    503: "Whatever edits is gone or not there yet; Retry-After says when to come again.",
-}
-
-
-def _error_schema(description: str) -> dict[str, Any]:
-    text = {"type": "string"}
-    maybe = {"type": ["string", "null"]}
-    error = {
-        "type": "object",
-        "required": ["message", "type", "param", "code"],
-        "properties": {"message": text, "type": text, "param": maybe, "code": maybe},
-    }
-    schema = {"type": "object", "required": ["error"], "properties": {"error": error}}
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
-
-
-_PICTURE = {
-    "type": "object",
-    "required": ["b64_json", "seed"],
-    "properties": {"b64_json": {"type": "string"}, "seed": {"type": "integer"}},
-}
-_EVENT = {
-    "description": "Of each event. Partial images, and at last the picture or an error.",
-    "type": "object",
-    "required": ["event", "data"],
-    "properties": {
-        "event": {
-            "type": "string",
-            "enum": ["image_edit.partial_image", "image_edit.completed", "error"],
-        },
-        "data": {"type": "string", "contentMediaType": "application/json"},
-    },
-}
-_ANSWER = {
-    "description": "The pictures; with stream, events whose data are JSON.",
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["created", "data", "size", "output_format"],
-                "properties": {
-                    "created": {"type": "integer"},
-                    "data": {"type": "array", "items": _PICTURE},
-                    "size": {"type": "string"},
-                    "output_format": {"type": "string"},
-                    "quality": {"type": "string"},
-                    "background": {"type": "string"},
-                    "steps": {"type": "integer"},
-                    "text_guidance_scale": {"type": "number"},
-                    "image_guidance_scale": {"type": "number"},
-                },
-            }
-        },
-        "text/event-stream": {"schema": _EVENT},
-    },
-}
