@@ -26,18 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from ip2p_ray import objects, s3
-from ip2p_ray.errors import DatasetError, Ip2pError, StageError
+from ip2p_ray.errors import Ip2pError, StageError, StorageError
 
 _log = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 """How often a holder writes."""
 
-GONE_S = 60.0
+GONE_S = 80.0
 """Without a write for so long, a holder is gone, and ends by itself if it is not.
 
-As long as other requests are repeated (`s3.ATTEMPTS`): a store that is away for less ends no
-run.
+As long as other requests are repeated (`s3.PATIENCE_S`), and a beat and a slow request more: a
+store that is away for a minute ends no run.
 """
 
 LINGERS_S = 20.0
@@ -59,8 +59,8 @@ def held(
         StageError: another process holds it, or has taken it over, or may have.
         StorageError: the bucket cannot be written to.
     """
-    lease = _Lease(uri)
-    lease.take(beat_s, gone_s, lingers_s)
+    lease = _Lease(uri, gone_s)
+    lease.take(beat_s, lingers_s)
     stop = threading.Event()
 
     def beat() -> None:
@@ -71,15 +71,17 @@ def held(
                     lease.renew()
                 pause = beat_s
             except Ip2pError as error:
-                _log.warning("%s", error)
+                if pause == beat_s:
+                    _log.warning("%s; trying again", error)
                 pause = beat_s / 5
 
     def watch() -> None:  # beside it, because a request may take long
-        while not stop.wait(min(beat_s, gone_s) / 4):
+        pause = min(beat_s, gone_s) / 4
+        while not stop.wait(pause):
             if lease.lost or time.monotonic() - lease.renewed > gone_s:
                 lease.lost = True
                 _interrupt()
-                return
+                pause = gone_s / 4  # again, should somebody's code have swallowed it
 
     threads = [threading.Thread(target=work, daemon=True) for work in (beat, watch)]
     for thread in threads:
@@ -110,34 +112,35 @@ def _interrupt() -> None:
 
 
 class _Lease:
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, gone_s: float) -> None:
         self.lost = False
         self.renewed = time.monotonic()
         """When a write began that came through."""
-        self._uri = uri
+        self._uri, self._gone_s = uri, gone_s
         self._me = secrets.token_hex(8)
         self._beats = itertools.count()
         self._tag: str | None = None
 
-    def take(self, beat_s: float, gone_s: float, lingers_s: float) -> None:
-        seen, since, dead_since = None, time.monotonic(), math.inf
+    def take(self, beat_s: float, lingers_s: float) -> None:
+        seen, since, dead_since = None, math.inf, math.inf
         while not self._write(None):
-            tag = objects.tag(self._uri)
-            if seen is None:
-                _log.info("%s is there: waiting whether its run is still alive", self._uri)
-                seen = tag
-            if tag is not None and tag != seen:
-                raise StageError(
-                    f"another run is working in {self._uri.rpartition('/')[0]}; wait for it or "
-                    "give another folder"
-                )
-            now = time.monotonic()
-            if _died(self._there()):
-                dead_since = min(dead_since, now)
-            over = now - since > _LATER * gone_s or now - dead_since >= lingers_s
-            if over and tag is not None and self._write(tag):
-                return
-            time.sleep(min(beat_s, gone_s) / 4)
+            found = objects.read_tagged(self._uri)
+            if found is not None:
+                content, tag = found
+                now = time.monotonic()
+                if seen is None:
+                    _log.info("%s is there: waiting whether its run is still alive", self._uri)
+                    seen, since = tag, now
+                elif tag != seen:
+                    raise StageError(
+                        f"another run is working in {self._uri.rpartition('/')[0]}; wait for it or "
+                        "give another folder"
+                    )
+                dead_since = min(dead_since, now) if _died(content) else math.inf
+                silent = now - since > _LATER * self._gone_s
+                if (silent or now - dead_since >= lingers_s) and self._write(tag):
+                    return
+            time.sleep(min(beat_s, self._gone_s) / 4)
 
     def renew(self) -> None:
         if not self.lost and not self._write(self._tag):
@@ -146,29 +149,35 @@ class _Lease:
     def leave(self) -> None:
         if self.lost:  # who takes it over waits for its silence
             return
-        self.lost = f'"{self._me}"'.encode() not in self._there()
-        if not self.lost:
-            objects.remove([self._uri])
+        try:
+            with s3.impatient(BEAT_S):
+                found = objects.read_tagged(self._uri)
+                self.lost = found is None or not self._is_ours(found[0])
+                # a late deletion might meet the lock of whoever came after it
+                if not self.lost and time.monotonic() - self.renewed < self._gone_s:
+                    objects.remove([self._uri])
+        except StorageError as error:
+            _log.warning("%s; the next run waits until this lock is old", error)
 
     def _write(self, expected: str | None) -> bool:
         """Whether it is ours now; `expected` is the tag that is replaced, None for no object."""
         began, content = time.monotonic(), self._content()
         tag = objects.write_if(self._uri, content, expected)
-        if tag is None and self._there() == content:
-            # an attempt that got no answer had come through
-            tag = objects.tag(self._uri)
-        if tag is not None:
-            self._tag, self.renewed = tag, began
-        return tag is not None
+        while tag is None:
+            found = objects.read_tagged(self._uri)
+            if found is None or not self._is_ours(found[0]):
+                return False
+            # an attempt that got no answer had come through, of this write or of one before
+            there, tag_there = found
+            tag = tag_there if there == content else objects.write_if(self._uri, content, tag_there)
+        self._tag, self.renewed = tag, began
+        return True
 
     def _content(self) -> bytes:
         return json.dumps({"holder": self._me, "beat": next(self._beats), **_place()}).encode()
 
-    def _there(self) -> bytes:
-        try:
-            return objects.read(self._uri)
-        except DatasetError:
-            return b""
+    def _is_ours(self, content: bytes) -> bool:
+        return f'"{self._me}"'.encode() in content
 
 
 @cache
@@ -187,7 +196,7 @@ def _started(process: int) -> str | None:
     Raises:
         OSError: it cannot be seen.
     """
-    behind_name = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2]
+    behind_name = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2]
     state, *fields = behind_name.split()
     return None if state in "ZX" else fields[18]
 
@@ -205,11 +214,12 @@ def _died(content: bytes) -> bool:
     """Whether the holder that wrote this was a process of this machine, and has ended."""
     try:
         told = json.loads(content)
-        if not _machine() or told["machine"] != _machine():
+        process = int(told["process"])
+        if process < 1 or not _machine() or told["machine"] != _machine():
             return False
-        os.kill(told["process"], 0)
-        return _started(told["process"]) != told["started"]
+        os.kill(process, 0)
+        return _started(process) != told["started"]
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return False

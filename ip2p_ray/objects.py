@@ -16,12 +16,13 @@ import botocore.exceptions
 from boto3.s3.transfer import TransferConfig
 
 from ip2p_ray import s3
-from ip2p_ray.errors import StorageError
+from ip2p_ray.errors import DatasetError, StorageError
 from ip2p_ray.s3 import ATTEMPTS, MISSING, SCHEME, UNREACHABLE, code_of, in_words, split
 
 _PART_BYTES = 16 << 20
 _DELETE = 1000  # the most that one request may name
-_CONDITION_FAILED = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
+_CONDITION_FAILED = {"PreconditionFailed", "412"}
+_CONFLICT = {"ConditionalRequestConflict", "409"}
 
 
 class Found(NamedTuple):
@@ -52,8 +53,23 @@ def read(uri: str, start: int = 0) -> bytes:
         DatasetError: there is no such object.
         StorageError: it cannot be read.
     """
+    return _read(uri, {"Range": f"bytes={start}-"} if start else {})[0]
+
+
+def read_tagged(uri: str) -> tuple[bytes, str] | None:
+    """The object and its tag, of the same moment; None if there is none.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        return _read(uri, {})
+    except DatasetError:
+        return None
+
+
+def _read(uri: str, part: dict[str, str]) -> tuple[bytes, str]:
     bucket, key = split(uri)
-    part = {"Range": f"bytes={start}-"} if start else {}
     for attempt in range(ATTEMPTS):
         with in_words(uri):
             answer = s3.client().get_object(Bucket=bucket, Key=key, **part)
@@ -64,7 +80,7 @@ def read(uri: str, start: int = 0) -> bytes:
                     raise
                 time.sleep(min(0.05 * 2**attempt, 5.0))
             else:
-                return data
+                return data, str(answer["ETag"])
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -113,17 +129,26 @@ def write_if(uri: str, data: bytes, expected: str | None) -> str | None:
     """The tag of the object, written only if the one there has the tag `expected` (None: if none).
 
     None if it was not written, because another lies there or none does.
+
+    Raises:
+        StorageError: it cannot be written, or others were being written at every attempt.
     """
     bucket, key = split(uri)
     condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
-    with in_words(uri):
-        try:
-            answer = s3.client().put_object(Bucket=bucket, Key=key, Body=data, **condition)
-        except botocore.exceptions.ClientError as error:
-            if code_of(error) in _CONDITION_FAILED | MISSING:
-                return None
-            raise
-    return str(answer["ETag"])
+    for attempt in range(ATTEMPTS):
+        with in_words(uri):
+            try:
+                answer = s3.client().put_object(Bucket=bucket, Key=key, Body=data, **condition)
+            except botocore.exceptions.ClientError as error:
+                if code_of(error) in _CONDITION_FAILED | MISSING:
+                    return None
+                # another write was under way, which tells nothing of how it ends
+                if code_of(error) not in _CONFLICT or attempt + 1 == ATTEMPTS:
+                    raise
+            else:
+                return str(answer["ETag"])
+        time.sleep(min(0.02 * 2**attempt, 0.5))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def tag(uri: str) -> str | None:

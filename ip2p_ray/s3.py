@@ -9,7 +9,9 @@ that are read by parts go through Arrow, which looks in the same places.
 from __future__ import annotations
 
 import os
+import random
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +29,14 @@ from ip2p_ray.errors import ConfigError, DatasetError, StorageError
 SCHEME = "s3://"
 
 ATTEMPTS = 10
-"""Of each request, with jittered pauses of up to 20 s between them; AWS_MAX_ATTEMPTS is another."""
+"""Of each request at least, with jittered pauses between them; AWS_MAX_ATTEMPTS is another."""
+
+PATIENCE_S = 60.0
+"""For so long a request is repeated after its first failure, unless AWS_MAX_ATTEMPTS is set.
+
+boto3's own attempts are over sooner, in 7 to 17 s of a store that cannot be reached, and at once
+after some requests that failed.
+"""
 
 MISSING = {"NoSuchKey", "404", "NotFound"}
 """Codes of refusals because there is no such object."""
@@ -40,6 +49,7 @@ UNREACHABLE = (
 """What boto3 raises where no whole answer came."""
 
 _TIMEOUT_S = 60.0
+_PASSING = {429, 500, 502, 503, 504}  # what a store answers that will answer otherwise
 _impatience: ContextVar[float | None] = ContextVar("impatience", default=None)
 
 
@@ -108,9 +118,30 @@ def _client(
     )
     region = told.get("AWS_REGION")  # boto3 itself reads only AWS_DEFAULT_REGION
     try:
-        return boto3.session.Session(region_name=region).client("s3", config=config)
+        made = boto3.session.Session(region_name=region).client("s3", config=config)
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         raise ConfigError(f"object storage is not set up: {_plain(error)}") from error
+    if attempts >= ATTEMPTS and "AWS_MAX_ATTEMPTS" not in told:
+        made.meta.events.register_last("needs-retry.s3", _pause_before_another, "ip2p-patience")
+    return made
+
+
+def _pause_before_another(
+    response: tuple[Any, Any] | None,
+    caught_exception: Exception | None,
+    request_dict: dict[str, Any],
+    **_: object,
+) -> float | None:
+    """Seconds until a request is to be repeated; None for not. botocore asks its own rule first."""
+    if caught_exception is not None:
+        passes = isinstance(caught_exception, UNREACHABLE)
+    else:
+        passes = response is not None and response[0].status_code in _PASSING
+    if not passes:
+        return None
+    now = time.monotonic()
+    since = request_dict["context"].setdefault("ip2p_failing_since", now)
+    return random.uniform(0.5, 3.0) if now - since < PATIENCE_S else None
 
 
 @lru_cache(maxsize=8)

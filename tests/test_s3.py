@@ -1,6 +1,8 @@
 """The way to a store: what is asked of it, and what it refuses in one sentence."""
 
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -115,6 +117,26 @@ def test_what_an_address_has_before_its_host_is_not_told(bucket, monkeypatch):
             with pytest.raises((StorageError, ConfigError)) as raised:
                 ask(f"{bucket}/a")
             assert "planted" not in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", ["hang_up", "slow_down"])
+def test_a_store_that_is_away_for_a_while_ends_nothing(bucket, bucket_endpoint, monkeypatch, fault):
+    """Of many requests at once too, whose failures use up what boto3 allows of them."""
+    for number in range(12):
+        objects.write(f"{bucket}/{number}", b"before")
+    with FaultyWay(bucket_endpoint, WayFaults(**{fault: 1.0})) as way, ThreadPoolExecutor() as pool:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        asked = [pool.submit(objects.read, f"{bucket}/{number}") for number in range(8)]
+        asked.append(pool.submit(lambda: object_files.opened(f"{bucket}/8").read()))
+        written = pool.submit(objects.write, f"{bucket}/9", b"after")
+        time.sleep(45.0)
+        assert not any(each.done() for each in (*asked, written))
+        way.faults = WayFaults()
+        assert {each.result() for each in asked} == {b"before"}
+        written.result()
+        assert objects.read(f"{bucket}/9") == b"after"
 
 
 def test_missing_credentials_are_told(bucket, monkeypatch):
