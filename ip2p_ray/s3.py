@@ -32,10 +32,10 @@ ATTEMPTS = 10
 """Of each request at least, with jittered pauses between them; AWS_MAX_ATTEMPTS is another."""
 
 PATIENCE_S = 60.0
-"""For so long a request is repeated after its first failure, unless AWS_MAX_ATTEMPTS is set.
+"""For so long a request to a store that has answered before is repeated after its first failure.
 
 boto3's own attempts are over sooner, in 7 to 17 s of a store that cannot be reached, and at once
-after some requests that failed.
+after some requests that failed. They are all there are where AWS_MAX_ATTEMPTS is set.
 """
 
 MISSING = {"NoSuchKey", "404", "NotFound"}
@@ -122,26 +122,39 @@ def _client(
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         raise ConfigError(f"object storage is not set up: {_plain(error)}") from error
     if attempts >= ATTEMPTS and "AWS_MAX_ATTEMPTS" not in told:
-        made.meta.events.register_last("needs-retry.s3", _pause_before_another, "ip2p-patience")
+        patience = _Patience()
+        made.meta.events.register("after-call.s3", patience.note_answer)
+        made.meta.events.register_last("needs-retry.s3", patience.pause)
     return made
 
 
-def _pause_before_another(
-    response: tuple[Any, Any] | None,
-    caught_exception: Exception | None,
-    request_dict: dict[str, Any],
-    **_: object,
-) -> float | None:
-    """Seconds until a request is to be repeated; None for not. botocore asks its own rule first."""
-    if caught_exception is not None:
-        passes = isinstance(caught_exception, UNREACHABLE)
-    else:
-        passes = response is not None and response[0].status_code in _PASSING
-    if not passes:
-        return None
-    now = time.monotonic()
-    since = request_dict["context"].setdefault("ip2p_failing_since", now)
-    return random.uniform(0.5, 3.0) if now - since < PATIENCE_S else None
+class _Patience:
+    """What botocore asks, after its own rule, whether a request is to be repeated."""
+
+    def __init__(self) -> None:
+        self._answered = False
+
+    def note_answer(self, **_: object) -> None:
+        """A store that never answered may not be one, and nobody waits for it."""
+        self._answered = True
+
+    def pause(
+        self,
+        response: tuple[Any, Any] | None,
+        caught_exception: Exception | None,
+        request_dict: dict[str, Any],
+        **_: object,
+    ) -> float | None:
+        """Seconds until another attempt; None for no more."""
+        if caught_exception is not None:
+            passes = isinstance(caught_exception, UNREACHABLE)
+        else:
+            passes = response is not None and response[0].status_code in _PASSING
+        if not passes or not self._answered:
+            return None
+        now = time.monotonic()
+        since = request_dict["context"].setdefault("ip2p_failing_since", now)
+        return random.uniform(0.5, 3.0) if now - since < PATIENCE_S else None
 
 
 @lru_cache(maxsize=8)

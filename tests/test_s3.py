@@ -126,8 +126,10 @@ def test_a_store_that_is_away_for_a_while_ends_nothing(bucket, bucket_endpoint, 
     """Of many requests at once too, whose failures use up what boto3 allows of them."""
     for number in range(12):
         objects.write(f"{bucket}/{number}", b"before")
-    with FaultyWay(bucket_endpoint, WayFaults(**{fault: 1.0})) as way, ThreadPoolExecutor() as pool:
+    with FaultyWay(bucket_endpoint) as way, ThreadPoolExecutor() as pool:
         monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        objects.read(f"{bucket}/0")
+        way.faults = WayFaults(**{fault: 1.0})
         asked = [pool.submit(objects.read, f"{bucket}/{number}") for number in range(8)]
         asked.append(pool.submit(lambda: object_files.opened(f"{bucket}/8").read()))
         written = pool.submit(objects.write, f"{bucket}/9", b"after")

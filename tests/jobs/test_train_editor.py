@@ -450,3 +450,27 @@ def test_kills_and_lost_disks_and_faults_leave_the_same_bytes_in_the_bucket(
     assert kills == 3
     assert tree(f"{bucket}/killed") == tree(f"{bucket}/whole")
     assert curve(f"{bucket}/killed") == curve(f"{bucket}/whole")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+def test_a_store_that_is_away_for_a_while_ends_no_training(stored, bucket, bucket_endpoint):
+    with FaultyWay(bucket_endpoint) as way:
+        job = subprocess.Popen(
+            command(*stored, "--steps", 60, "--save-every", 7, "--out", f"{bucket}/run"),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "AWS_ENDPOINT_URL": way.url},
+        )
+        while not saved(f"{bucket}/run"):
+            assert job.poll() is None, job.stderr.read().decode()[-3000:]
+            time.sleep(0.1)
+        way.faults = WayFaults(hang_up=1.0)
+        time.sleep(45.0)
+        assert way.counts["hang_up"] > 0
+        way.faults = WayFaults()
+        _, error = job.communicate(timeout=900)
+        assert job.returncode == 0, error.decode()[-3000:]
+    assert "step-00000060" in saved(f"{bucket}/run")
