@@ -108,7 +108,7 @@ def test_one_that_was_silent_too_long_is_told_that_it_lost_it(bucket):
     uri = f"{bucket}/run/.lock"
     silent = lease.held(uri, beat_s=60.0, gone_s=600.0)
     silent.__enter__()
-    with lease.held(uri, beat_s=0.2, gone_s=2.0):
+    with lease.held(uri, beat_s=0.2, gone_s=6.0):
         with pytest.raises(StageError, match="was taken over by another run"):
             silent.__exit__(None, None, None)
         assert objects.size(uri) > 0
