@@ -12,8 +12,9 @@ import pytest
 
 BOOKKEEPING = (
     *("Tally", "Board", "TrainController", "SynchronizationActor", "PlacementGroupCleaner"),
-    *("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"),
-    *("_StatsSummaryActor", "_UsageCollectionActor", "_clean_pending_checkpoints_task"),
+    *("_StatsActor", "_AutoscalingCoordinatorActor", "AutoscalingCoordinator:"),  # and as it starts
+    *("ActorLocationTracker", "_StatsSummaryActor"),
+    *("_UsageCollectionActor", "_clean_pending_checkpoints_task"),
     *("_get_arrow_schema_from_block", "PreemptionWatcher", "TrainStateActor", "DatasetManager"),
 )
 """What of ours and of Ray's may live beside the driver: it counts and decides, and holds no CPU."""
