@@ -1,6 +1,7 @@
 """Several nodes on this machine: a head on which nothing runs, and pools that can be killed."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +13,7 @@ import pytest
 
 BOOKKEEPING = (
     *("Tally", "Board", "TrainController", "SynchronizationActor", "PlacementGroupCleaner"),
-    *("_StatsActor", "_AutoscalingCoordinatorActor", "AutoscalingCoordinator:"),  # and as it starts
-    *("ActorLocationTracker", "_StatsSummaryActor"),
+    *("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker", "_StatsSummaryActor"),
     *("_UsageCollectionActor", "_clean_pending_checkpoints_task"),
     *("_get_arrow_schema_from_block", "PreemptionWatcher", "TrainStateActor", "DatasetManager"),
 )
@@ -91,8 +91,9 @@ class Pools:
     @property
     def head_work(self):
         """What ran on the head beside what only keeps books."""
-        books = tuple(f"ray::{name}" for name in BOOKKEEPING)
-        return {title for title in self.seen["head"] if not title.startswith(books)}
+        # While a named actor starts, its title begins with its name: ray::name:Class.__init__.
+        books = re.compile(rf"ray::(?:[^:]+:)?(?:{'|'.join(BOOKKEEPING)})")
+        return {title for title in self.seen["head"] if not books.match(title)}
 
     def where(self, name):
         """The pools on which something of that name ran."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -184,10 +184,10 @@ def _when(times: list[tuple[float, int]], count: float) -> float:
     raise StageError("the server answered nothing")
 
 
-def _role(name: str) -> str:
-    if "AskReplies" in name:
+def _role(names: Set[str]) -> str:
+    if any("AskReplies" in name for name in names):
         return ACTOR
-    return "other workers" if name.startswith("ray::") else "Ray itself"
+    return "other workers" if any(name.startswith("ray::") for name in names) else "Ray itself"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -38,12 +39,43 @@ def test_cpu_time_and_memory_are_counted_by_role(worker):
 
 
 def test_those_below_have_the_role_of_their_name(worker):
-    with watched({os.getpid(): "test"}, lambda name: f"a {name}") as cost:
+    with watched({os.getpid(): "test"}, lambda names: f"a {min(names)}") as cost:
         pass
     assert set(cost.rss) >= {"test"}
     assert any(role.startswith("a python") for role in cost.rss)
 
 
 def test_the_cost_of_a_part_is_that_between_two_moments():
-    seen = [Sample(0.0, {"a": 1.0}), Sample(1.0, {"a": 2.0}), Sample(2.0, {"a": 5.0, "b": 1.0})]
-    assert Cost(samples=seen).cpu(0.9, 2.4) == {"a": 3.0, "b": 1.0}
+    a, b, c = (1, 0.0), (2, 0.0), (3, 0.0)
+    seen = [Sample(0.0, {a: 1.0}), Sample(1.0, {a: 2.0}), Sample(2.0, {a: 5.0, b: 1.0, c: 0.5})]
+    cost = Cost(samples=seen, roles={a: "one", b: "other", c: "other"})
+    assert cost.cpu(0.9, 2.4) == {"one": 3.0, "other": 1.5}
+
+
+def test_one_that_has_ended_keeps_its_role():
+    # Until its parent has waited for it, its command is gone, and of its name 15 letters are left.
+    title = "ray::Worker(AskReplies)"
+    code = f"open('/proc/self/comm', 'w').write({title!r}[:15]); input()"
+    command = {"args": [title, "-c", code], "executable": sys.executable}
+    names = set()
+
+    def role(seen):
+        names.update(seen)
+        return "actor" if title in seen else "other"
+
+    with (
+        subprocess.Popen(**command, stdin=subprocess.PIPE) as worker,
+        watched({os.getpid(): "test"}, role, every_s=0.01) as cost,
+    ):
+        wait_until(lambda: "actor" in cost.rss)
+        worker.kill()
+        wait_until(lambda: title[:15] in names)
+    assert set(cost.rss) >= {"test", "actor"}
+    assert "actor" in cost.cpu(cost.samples[0].at, cost.samples[-1].at)
+
+
+def wait_until(true):
+    until = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
