@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -202,6 +203,20 @@ def test_writes_that_were_under_way_together_cost_no_lease(bucket, bucket_endpoi
             while way.counts["PUT"] < written + 3:
                 time.sleep(0.05)
         assert objects.size(uri) is None
+
+
+def test_a_release_that_comes_too_late_deletes_nothing(bucket, monkeypatch):
+    # By then the object may be the lock of whoever took it over.
+    uri, read = f"{bucket}/run/.lock", objects.read_tagged
+
+    def read_slowly(uri):
+        found, now = read(uri), time.monotonic()
+        monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: now + 61.0))
+        return found
+
+    with lease.held(uri, gone_s=60.0):
+        monkeypatch.setattr(objects, "read_tagged", read_slowly)
+    assert objects.size(uri) > 0
 
 
 def test_a_lock_that_cannot_be_deleted_ends_no_run_that_is_done(

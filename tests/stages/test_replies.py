@@ -10,19 +10,18 @@ import ray
 
 from ip2p_ray import storage
 from ip2p_ray.errors import BudgetError, ConfigError, DatasetError, StageError
-from ip2p_ray.object_files import ObjectFolder
 from ip2p_ray.schema import CAPTIONS, REJECTS, TRIPLETS, reply_key, triplet_key
-from ip2p_ray.stages import journals, plan, replies, run
+from ip2p_ray.stages import plan, replies, run
 from ip2p_ray.stages.captions import collect_captions
 from ip2p_ray.stages.progress import Progress
 from ip2p_ray.stages.replies import Asking, AskReplies, Count
-from ip2p_ray.stages.reply_rows import REPLIES, drop_unanswered, is_to_be_asked_again
+from ip2p_ray.stages.reply_rows import REPLIES, drop_unanswered
 from ip2p_ray.stages.triplets import _made, ask_triplets
 from ip2p_ray.testing import Behaviour, Faults, FaultyServer, edit
 from ip2p_ray.triplets.endpoint import Endpoint
 from ip2p_ray.triplets.journal import Journal
 from ip2p_ray.triplets.limits import LimitsConfig
-from ip2p_ray.triplets.reply import NO_REPLY, Reply
+from ip2p_ray.triplets.reply import Reply
 from ip2p_ray.triplets.writer import WriterConfig, writer_recipe
 
 CONFIG = WriterConfig(model="fake", shots=0)
@@ -133,23 +132,6 @@ def test_captions_without_a_reply_are_told_and_asked_again(local_ray, tmp_path):
         assert set(server.counts.paid.values()) <= {1, 2}  # 2: the server is asked for any other
 
 
-@pytest.mark.parametrize("status", ["ok", NO_REPLY])
-def test_what_has_no_reply_is_dropped_from_a_bucket_too(bucket, status):
-    folder = f"{bucket}/run"
-    row = dict.fromkeys(REPLIES.names, "a") | {"status": status}
-    names = ("triplets", "rejects/triplets", "replies", "candidates")
-    for name in names:
-        storage.write_shard(f"{folder}/{name}", "a", pa.Table.from_pylist([row], schema=REPLIES))
-        storage.write_manifest(f"{folder}/{name}", storage.Manifest(dataset=name))
-    if status == NO_REPLY:
-        with pytest.raises(StageError, match=r"1 captions .*triplets that candidates in s3://"):
-            drop_unanswered(folder)
-    assert all(storage.any_there(f"{folder}/{name}") for name in names)
-    storage.remove_all(f"{folder}/candidates")
-    assert drop_unanswered(folder) == (status == NO_REPLY)
-    assert all(storage.any_there(f"{folder}/{name}") == (status == "ok") for name in names[:3])
-
-
 @pytest.mark.ray
 def test_a_key_that_is_refused_on_the_way_stops_the_stage(local_ray, tmp_path):
     with FaultyServer(Behaviour(api_key="right")) as server:
@@ -189,15 +171,6 @@ def test_what_is_wrong_is_told_before_anything_is_spent(tmp_path, monkeypatch):
         assert not server.counts.paid
 
 
-def test_a_cut_shard_is_asked_for_again(tmp_path):
-    folder = tmp_path / "replies"
-    folder.mkdir()
-    assert not is_to_be_asked_again(str(folder))
-    (folder / "a_000000_000000.parquet").write_bytes(b"")
-    assert drop_unanswered(str(tmp_path)) == 0
-    assert is_to_be_asked_again(str(folder))
-
-
 def test_a_journal_with_half_a_character_is_read(tmp_path):
     text = "make it \ud83d"
     with Journal(tmp_path) as journal:
@@ -214,17 +187,6 @@ def test_a_journal_with_half_a_character_is_read(tmp_path):
     (row,) = asyncio.run(asking(captions.cast(CAPTIONS))).to_pylist()
     asking._sign.close()
     assert (row["reply"], row["status"]) == ("make it ?", "unparseable")
-
-
-def test_a_journal_in_a_bucket_is_one_runs_alone(bucket, tmp_path):
-    journal, folder = f"{bucket}/journal", str(tmp_path)
-    with journals.held(journal, folder):
-        assert len(Journal(ObjectFolder(journal))) == 0
-        assert storage.exists(f"{journal}/.lock")
-    assert not storage.exists(f"{journal}/.lock")
-    storage.write_manifest(f"{folder}/replies", storage.Manifest(dataset="replies"))
-    with journals.held("s3://no-such-bucket/journal", folder):
-        pass  # nothing is going to be asked for
 
 
 class Told:
@@ -277,10 +239,6 @@ def test_asking_says_what_is_wrong_with_it():
     for wrong in ({"actors": 0}, {"concurrency": 0}, {"max_no_reply": 1.5}):
         with pytest.raises(ConfigError):
             Asking(journal="j", endpoint=Endpoint(), limits=LimitsConfig(), **wrong)
-
-
-def test_a_dataset_of_replies_has_what_triplets_are_made_of():
-    assert set(CAPTIONS.names) < set(REPLIES.names)
 
 
 def test_a_page_that_is_gone_is_written_again(tmp_path):
