@@ -150,27 +150,25 @@ def test_answers_that_are_lost_cost_no_lease(bucket, bucket_endpoint, monkeypatc
         assert objects.size(f"{bucket}/run/.lock") is None
 
 
-def test_who_is_slow_to_ask_takes_it_from_nobody(bucket, bucket_endpoint, holder):
+def test_who_is_slow_to_ask_takes_it_from_nobody(bucket, holder, monkeypatch):
     """Its first request takes longer than a holder may be silent."""
-    uri = f"{bucket}/run/.lock"
-    process = holder(uri, 0.1)
-    with FaultyWay(bucket_endpoint, WayFaults(hang_up=1.0)) as way:
-        command = [sys.executable, "-c", HOLDS, uri, "0.1", "2.0"]
-        other = subprocess.Popen(
-            command,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "AWS_ENDPOINT_URL": way.url},
-        )
-        while way.counts["hang_up"] == 0:
-            time.sleep(0.05)
-        time.sleep(3.0)
-        way.faults = WayFaults()
-        said, error = other.communicate(timeout=60)
-    assert said == ""
-    assert "another run is working in" in error
+    uri, write_if = f"{bucket}/run/.lock", objects.write_if
+    process = holder(uri, 0.5)
+    slow = iter([3600.0])
+    late = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0], sleep=time.sleep)
+
+    def write_slowly(*arguments):
+        tag = write_if(*arguments)
+        late[0] += next(slow, 0.0)
+        return tag
+
+    monkeypatch.setattr(lease, "time", clock)
+    monkeypatch.setattr(objects, "write_if", write_slowly)
+    told = f"another run is working in {bucket}/run; wait for it"
+    with pytest.raises(StageError, match=told), lease.held(uri, gone_s=60.0):
+        pass
+    assert late == [3600.0]
     said, error = process.communicate("")
     assert (process.returncode, said) == (0, "went on\n"), error
 
