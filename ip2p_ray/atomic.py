@@ -20,6 +20,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,7 +146,7 @@ def _enter(place: Path, *, wait: bool = True) -> int | None:
             place.mkdir(parents=True, exist_ok=True)
             lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except (FileExistsError, FileNotFoundError):
-            if place.exists() and not place.is_dir():
+            if _is_no_folder(place):
                 raise
             continue  # whoever was here before has just removed the place
         free = _acquire(lock, wait=wait)
@@ -154,6 +155,14 @@ def _enter(place: Path, *, wait: bool = True) -> int | None:
         os.close(lock)
         if not free:
             return None
+
+
+def _is_no_folder(place: Path) -> bool:
+    """Whether something else is there; one look, for places come and go."""
+    try:
+        return not stat.S_ISDIR(place.stat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _acquire(lock: int, *, wait: bool) -> bool:

@@ -87,15 +87,17 @@ def held(
     for thread in threads:
         thread.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+            lease.leave()
     except (KeyboardInterrupt, SystemExit):  # Ray Train makes the second of the first
+        stop.set()  # the interruption may have come just as the block had ended
         if not lease.lost:
             raise
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        lease.leave()
     if lease.lost:
         raise StageError(
             f"{uri} was taken over by another run, or could be, as this one did not reach it for "

@@ -173,7 +173,12 @@ def _arrow(settings: tuple[tuple[str, str], ...], bucket: str) -> pyarrow.fs.S3F
             found = client.head_bucket(Bucket=bucket)
             options["region"] = found.get("BucketRegion") or client.meta.region_name
     # What is small is one request then, of which a kill leaves nothing.
-    options |= {"connect_timeout": 10, "allow_delayed_open": True}
+    # Arrow's own patience with a silent store is 3 s.
+    options |= {
+        "connect_timeout": 10,
+        "request_timeout": _TIMEOUT_S,
+        "allow_delayed_open": True,
+    }
     return _retrying(attempts, options)
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 
+from ip2p_ray.stages import starting
+
 BOOKKEEPING = (
     *("Tally", "Board", "TrainController", "SynchronizationActor", "PlacementGroupCleaner"),
     *("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker", "_StatsSummaryActor"),
@@ -21,6 +23,17 @@ BOOKKEEPING = (
 
 IDLE = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """What every node has."""
+
+
+def started(start, attempts=4):
+    """What `start` made; a node of Ray that did not start in time is started again."""
+    for _ in range(attempts - 1):
+        try:
+            return start()
+        except Exception as error:
+            if not starting.is_late(error):
+                raise
+    return start()
 
 
 class Pools:
@@ -36,9 +49,8 @@ class Pools:
 
     def add(self, pool, *, cpus=1, amount=1.0):
         """One more node of the pool."""
-        node = self.cluster.add_node(
-            num_cpus=cpus, resources={pool: amount}, object_store_memory=100 << 20, wait=False
-        )
+        options = {"num_cpus": cpus, "resources": {pool: amount}, "object_store_memory": 100 << 20}
+        node = started(lambda: self.cluster.add_node(**options, wait=False))
         self.nodes[pool].append(node)
 
     def kill(self, pool):
@@ -124,11 +136,8 @@ def pools():
             "RAY_health_check_initial_delay_ms": "0",
         }.items():
             patch.setenv(name, value)
-        cluster = Cluster(
-            initialize_head=True,
-            connect=False,
-            head_node_args={"num_cpus": 0, "include_dashboard": False},
-        )
+        head = {"num_cpus": 0, "include_dashboard": False}
+        cluster = started(lambda: Cluster(initialize_head=True, connect=False, head_node_args=head))
         found = Pools(cluster)
         try:
             yield found

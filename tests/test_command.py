@@ -26,6 +26,7 @@ def test_ctrl_c_while_loading_ends_in_status_130_and_a_sentence():
         _, told = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert told == "job: stopped before it began\n"
 

@@ -107,9 +107,11 @@ def test_a_process_that_has_the_number_of_a_dead_holder_is_not_waited_for(bucket
 
 def test_one_that_was_silent_too_long_is_told_that_it_lost_it(bucket):
     uri = f"{bucket}/run/.lock"
-    silent = lease.held(uri, beat_s=60.0, gone_s=600.0)
+    silent = lease.held(uri, beat_s=3600.0, gone_s=7200.0)
     silent.__enter__()
-    with lease.held(uri, beat_s=0.2, gone_s=6.0):
+    told = json.loads(objects.read(uri)) | {"started": "0"}  # as if it were seen to have died
+    objects.write(uri, json.dumps(told).encode())
+    with lease.held(uri, gone_s=3600.0, lingers_s=0.0):
         with pytest.raises(StageError, match="was taken over by another run"):
             silent.__exit__(None, None, None)
         assert objects.size(uri) > 0
@@ -119,8 +121,11 @@ def test_one_that_was_silent_too_long_is_told_that_it_lost_it(bucket):
 def test_a_run_whose_lease_was_taken_over_is_ended(bucket, holder):
     uri = f"{bucket}/run/.lock"
     process = holder(uri, 0.1)
-    objects.write(uri, b"another's")
-    process.wait(60)  # its input stays open
+    ends = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < ends:
+        objects.write(uri, b"another's")  # again: a beat that was on its way may come after it
+        time.sleep(0.2)
+    process.wait(1)  # its input stays open
     said, error = process.stdout.read(), process.stderr.read()
     assert "StageError" in error
     assert "was taken over by another run" in error

@@ -15,7 +15,7 @@ from ip2p_ray import logs
 ROOT = Path(__file__).parent.parent
 
 RUN = """
-import sys, time
+import sys, threading, time
 from ip2p_ray.errors import StageError
 from ip2p_ray.report import Report
 from ip2p_ray.stages import run
@@ -23,7 +23,9 @@ from ip2p_ray.stages.progress import Progress, shown
 
 def part():
     progress = Progress("candidates, part 2 of 7", total=5, unit="triplets")
-    with shown(progress, lambda: 3, every_s=0.0, poll_s=0.01, screen=sys.stdout):
+    polled = threading.Event()
+    with shown(progress, lambda: polled.set() or 3, every_s=0.0, poll_s=0.01, screen=sys.stdout):
+        polled.wait(60)
         time.sleep(0.2)
     return [Report(stage="candidates", rows_in=5, rows_out=5, rejected={}, seconds=1.0)]
 

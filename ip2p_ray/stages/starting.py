@@ -39,7 +39,7 @@ def start(*, local: bool, **options: Any) -> None:
                 ray.init(**options)
             return
         except Exception as error:
-            if not local or not any(late in str(error) for late in _LATE):
+            if not local or not is_late(error):
                 raise
             # a second one beside what is left of the first would be slower still
             _end(_children() - before)
@@ -49,6 +49,11 @@ def start(*, local: bool, **options: Any) -> None:
                     "memory or disk; once that is mended the same command goes on"
                 ) from error
             logger.info("Ray did not start in time; once more")
+
+
+def is_late(error: Exception) -> bool:
+    """Whether it says that a node did not start in time."""
+    return any(late in str(error) for late in _LATE)
 
 
 def _children() -> set[psutil.Process]:

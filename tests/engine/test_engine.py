@@ -390,19 +390,20 @@ def test_an_observer_is_told_when_the_last_request_is_cancelled(editor):
 
 def test_previews_of_one_do_not_hold_up_the_picture_of_another(editor):
     begun, go_on = threading.Event(), threading.Event()
-    order = []
+    order, log = [], Log()
 
     def show(step, _steps, _picture):
         begun.set()
         go_on.wait(60)
         order.append(step)
 
-    with Engine(with_sampler(editor, "euler"), EngineConfig(batch_size=2)) as engine:
+    config = EngineConfig(batch_size=2)
+    with Engine(with_sampler(editor, "euler"), config, observer=log) as engine:
         many = engine.submit(request(0, steps=20_000, previews=5000), show)
         assert begun.wait(60)
         one = engine.submit(request(1, steps=1))
         one.future.add_done_callback(lambda _: order.append("one"))
-        until(lambda: engine.load[0] == 0)
+        until(lambda: log.stages["steps"] == 1)  # it has made its step
         time.sleep(0.5)  # previews pile up, and the picture waits behind the first
         go_on.set()
         assert one.result(60)

@@ -108,6 +108,7 @@ def test_ctrl_c_while_the_libraries_load_ends_in_status_130_and_a_sentence(tmp_p
         _, told = job.communicate(timeout=60)
     finally:
         job.kill()
+        job.communicate()
     assert job.returncode == 130
     assert told == "quickstart: stopped before it began\n"
 

@@ -17,7 +17,7 @@ DRIVER = Path(__file__).parent / "mixed_driver.py"
 @pytest.mark.ray
 def test_generators_with_and_without_a_gpu_share_the_work(tmp_path):
     done = subprocess.run(
-        [sys.executable, DRIVER, tmp_path], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, DRIVER, tmp_path], capture_output=True, text=True, timeout=840, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     devices = sorted(path.read_text() for path in tmp_path.glob("*.device"))

@@ -22,6 +22,7 @@ from ip2p_ray.schema import PAIRS, SCORES, SIMILARITIES
 from ip2p_ray.stages import run
 from ip2p_ray.stages.pairs import ROWS_ON_THE_WAY
 from ip2p_ray.testing.pairs import write_triplets
+from tests.nodes import started
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +42,14 @@ class Runs:
         from ray.cluster_utils import Cluster
 
         self.root = root
-        self.cluster = Cluster(
-            initialize_head=True,
-            connect=False,
-            head_node_args={"num_cpus": 3, "include_dashboard": False},
+        head = {"num_cpus": 3, "include_dashboard": False}
+        self.cluster = started(
+            lambda: Cluster(initialize_head=True, connect=False, head_node_args=head)
         )
         self.nodes = [self._node(), self._node()]
 
     def _node(self):
-        return self.cluster.add_node(num_cpus=2, wait=False)
+        return started(lambda: self.cluster.add_node(num_cpus=2, wait=False))
 
     def close(self) -> None:
         self.cluster.shutdown()

@@ -23,18 +23,24 @@ ROWS = 24
 class Note:
     """Adds 1 to each value, and a line to a file for each row it was given."""
 
-    def __init__(self, seen: str, fail_after: int | None = None) -> None:
-        self.seen, self.fail_after = Path(seen), fail_after
+    def __init__(self, seen: str, fail_after: int | None = None, out: str = "") -> None:
+        self.seen, self.fail_after, self.out = Path(seen), fail_after, out
 
     def __call__(self, batch):
         for row in batch.to_pylist():
             given = self.seen.read_text().splitlines() if self.seen.exists() else []
             if self.fail_after is not None and len(given) >= self.fail_after:
-                time.sleep(5)  # what was given before is written meanwhile
+                self.wait_until_written(len(given))
                 raise ModelError("the weights are gone")
             with self.seen.open("a") as file:
                 file.write(row["key"] + "\n")
             yield pa.Table.from_pylist([{**row, "value": row["value"] + 1}], schema=SCHEMA)
+
+    def wait_until_written(self, rows):
+        ends = time.monotonic() + 300
+        while plan._noted(run.resume_folder(self.out)) < rows and time.monotonic() < ends:
+            time.sleep(0.1)
+        time.sleep(3)  # the driver looks once a second
 
 
 @pytest.fixture
@@ -87,7 +93,7 @@ def test_every_row_passes_every_step_once_in_small_blocks(local_ray, source, tmp
 def test_a_plan_that_failed_goes_on_where_it_stopped(local_ray, source, tmp_path):
     uri = str(tmp_path / "out")
     with pytest.raises(Exception, match="the weights are gone") as caught:
-        stream(source, uri, [note(tmp_path, fail_after=10)])
+        stream(source, uri, [note(tmp_path, fail_after=10, out=uri)])
     assert str(run.own_error(caught.value)).startswith("the weights are gone")
     written = {key for key, _ in rows_of(uri)}
     assert written
@@ -150,10 +156,11 @@ class Warn(Note):
 
 
 def test_what_actors_warn_of_is_told_once_and_their_memory_at_the_end(
-    local_ray, source, tmp_path, caplog
+    local_ray, source, tmp_path, caplog, monkeypatch
 ):
     step = replace(note(tmp_path), callable=Warn)
     step = replace(step, resources=replace(step.resources, actors=2))
+    monkeypatch.setattr(plan, "_LAST_WORDS_S", 120.0)
     with caplog.at_level(logging.WARNING, logger="ip2p_ray"):
         peaks = stream(source, str(tmp_path / "out"), [step])
     assert caplog.messages == ["out: 8 at a time do not fit"]
@@ -191,7 +198,7 @@ def test_it_is_noted_how_far_a_plan_came_and_what_it_judged(local_ray, source, t
         return []
 
     with pytest.raises(Exception, match="the weights are gone"):
-        run.make(uri, origin, lambda: built(fail_after=10))
+        run.make(uri, origin, lambda: built(fail_after=10, out=uri))
     first = read_noted(uri).note
     assert first.ended == "failed"
     assert first.failures[0]["sentence"].startswith("the weights are gone")

@@ -47,7 +47,7 @@ class Stage:
             journal=self.uri("journal"),
             endpoint=endpoint or self.endpoint(),
             limits=limits or LimitsConfig(),
-            **{"actors": 2, "concurrency": 8, **asking},
+            **{"actors": 2, "concurrency": 8, "wait_s": 600.0, **asking},
         )
         return ask_triplets(
             self.uri("captions"), str(self.folder), config, examples=[], asking=told

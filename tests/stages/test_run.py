@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,12 +257,14 @@ def test_a_local_ray_listens_on_this_machine_only(local_ray):
     """Whoever reaches one of its ports has it run what they like."""
     own = psutil.Process()
     ours = [own, *own.children(recursive=True)]
-    found = [
-        (process.name(), each.laddr)
-        for process in ours
-        for each in process.net_connections(kind="inet")
-        if each.status == psutil.CONN_LISTEN
-    ]
+    found = []
+    for process in ours:
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            found += [
+                (process.name(), each.laddr)
+                for each in process.net_connections(kind="inet")
+                if each.status == psutil.CONN_LISTEN
+            ]
     assert {name for name, _ in found} >= {"gcs_server", "raylet"}
     reached = [
         (name, address)

@@ -17,6 +17,7 @@ from ip2p_ray.diffusion.model import StableDiffusion
 from ip2p_ray.latents import encode_pairs
 from ip2p_ray.schema import LATENTS
 from ip2p_ray.stages.training import read_metrics
+from tests.nodes import started
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -58,12 +59,9 @@ def cluster(monkeypatch):
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     }.items():
         monkeypatch.setenv(name, value)
-    found = Cluster(
-        initialize_head=True,
-        connect=False,
-        head_node_args={"num_cpus": 0, "include_dashboard": False},
-    )
-    found.add_node(num_cpus=1)
+    head = {"num_cpus": 0, "include_dashboard": False}
+    found = started(lambda: Cluster(initialize_head=True, connect=False, head_node_args=head))
+    started(lambda: found.add_node(num_cpus=1))
     yield found
     found.shutdown()
 
@@ -92,7 +90,7 @@ def test_workers_join_and_leave_between_checkpoints(cluster, tiny_weights, laten
     driver = start(MANY)
     wait(lambda: len(workers()) >= MORE)
     assert set(workers()) == {1}
-    joined = cluster.add_node(num_cpus=1)
+    joined = started(lambda: cluster.add_node(num_cpus=1))
     wait(lambda: workers()[-1:] == [2] and workers().count(2) >= MORE)
     cluster.remove_node(joined, allow_graceful=False)
     wait(lambda: workers()[-1:] == [1])

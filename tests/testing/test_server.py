@@ -147,7 +147,7 @@ def test_an_answer_does_not_depend_on_how_often_it_was_asked_for():
 
 
 def test_a_reply_that_nobody_waits_for_is_not_paid():
-    with FaultyServer(Behaviour(delay_s=0.2)) as server:
+    with FaultyServer(Behaviour(delay_s=2.0)) as server:
         with Client(server.url) as client:
             body = {"model": "fake", "messages": [{"content": "a cat"}]}
             client._connection.request("POST", "/v1/chat/completions", json.dumps(body))
