@@ -118,8 +118,7 @@ class _Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # the status that whoever is outside of this answers, when nothing is answered here
-        began, status = time.monotonic(), 500
+        began, status = time.monotonic(), None
         request = Request(scope)
         unread = _has_body(request)
 
@@ -143,15 +142,19 @@ class _Guard:
                 message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
+        answer: ASGIApp = self._app
         try:
-            self._service.let_in(request)
-        except Problem as problem:
-            response = await self._service.tell(request, problem)
-            await response(scope, reading, noted)
-        else:
-            await self._app(scope, reading, noted)
+            try:
+                self._service.let_in(request)
+            except Problem as problem:
+                answer = await self._service.tell(request, problem)
+            await answer(scope, reading, noted)
+        except asyncio.CancelledError:  # by Ray Serve, for whoever asked has left
+            status = status or 499
+            raise
         finally:
-            self._service.note(request, status, time.monotonic() - began)
+            # 500 is what whoever is outside of this answers, when nothing is answered here
+            self._service.note(request, status or 500, time.monotonic() - began)
 
 
 def _has_body(request: Request) -> bool:

@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Serve's replicas report once in 10 s else, and a test of autoscaling waits for it several times.
 for reporter in ("REPLICA", "HANDLE"):
     os.environ.setdefault(f"RAY_SERVE_{reporter}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
+# Its controller kills a proxy that has not started three times this long.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
 
 # A shell that starts the tests in the background has them and what they start ignore Ctrl-C, which
 # some tests send.

@@ -23,7 +23,7 @@ def test_ctrl_c_while_loading_ends_in_status_130_and_a_sentence():
     try:
         assert process.stdout.readline() == "in\n"
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=600)
     finally:
         process.kill()
         process.communicate()

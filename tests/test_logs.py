@@ -100,7 +100,7 @@ def lines_of(tmp_path, **environment):
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        timeout=250,
+        timeout=600,
     )
     sentence = "" if environment else "generate_pairs: nothing is left\n"
     assert (done.returncode, done.stderr) == (1, sentence)
@@ -145,7 +145,7 @@ def test_a_process_of_rays_has_its_lines_and_they_name_the_shard(tmp_path, kind)
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "IP2P_LOG": kind},
-        timeout=250,
+        timeout=600,
     )
     names = {"dataset": "pairs", "stage": "pairs", "actor": "Generate"}
     if kind == "json":
@@ -183,7 +183,7 @@ sys.exit(run.guarded("generate_pairs", work))
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "IP2P_LOG": "json"},
-        timeout=250,
+        timeout=600,
     )
     (line,) = [json.loads(line) for line in (done.stdout + done.stderr).splitlines()]
     assert done.returncode == status

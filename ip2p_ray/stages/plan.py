@@ -33,7 +33,7 @@ TASK_CPUS = 0.25
 FILTER_CPUS = 1.0
 """Of the actor in which Ray Data leaves out what an earlier run wrote; it cannot be told less."""
 
-_LAST_WORDS_S = 10.0
+_LAST_WORDS_S = 60.0
 _READERS = 16  # of shards in a bucket, at a time
 
 

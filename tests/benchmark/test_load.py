@@ -95,7 +95,7 @@ class Service:
     """Answers with `status` once `together` requests are there; notes what it was sent."""
 
     def __init__(self, together: int, status: int = 200) -> None:
-        self.barrier = threading.Barrier(together, timeout=20)
+        self.barrier = threading.Barrier(together, timeout=250)
         self.lock = threading.Lock()
         self.status, self.most, self.now = status, 0, 0
         self.bodies: list[bytes] = []

@@ -11,6 +11,7 @@ CODE = """
 import sys, time
 held = bytearray(b"x" * (int(sys.argv[1]) << 20))
 print("ready", flush=True)
+sys.stdin.readline()
 until = time.process_time() + 0.5
 while time.process_time() < until:
     pass
@@ -31,6 +32,8 @@ def worker():
 
 def test_cpu_time_and_memory_are_counted_by_role(worker):
     with watched({worker.pid: "worker"}, str, every_s=0.02) as cost:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
         assert worker.stdout.readline() == "worked\n"
     used = cost.cpu(cost.samples[0].at, cost.samples[-1].at)
     assert used.keys() == {"worker"}

@@ -38,7 +38,7 @@ def _rendered(tree: str) -> str:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not on the PATH: nothing renders the kustomize trees")
     done = subprocess.run(
-        ["kubectl", "kustomize", str(CLUSTER / tree)], capture_output=True, text=True, timeout=60
+        ["kubectl", "kustomize", str(CLUSTER / tree)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

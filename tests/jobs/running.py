@@ -19,7 +19,7 @@ class Job:
         """What is typed."""
         return [sys.executable, *map(str, (self.path, *self._first, *arguments))]
 
-    def run(self, *arguments, timeout=800, **environment):
+    def run(self, *arguments, timeout=1700, **environment):
         """The ended process, with what it printed."""
         return subprocess.run(
             self.command(*arguments),

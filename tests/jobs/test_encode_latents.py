@@ -16,7 +16,7 @@ from ip2p_ray.latents import LatentDataset
 from ip2p_ray.schema import PAIRS
 from ip2p_ray.stages.latents import EncodingPlan
 from ip2p_ray.testing import FaultyWay, WayFaults
-from tests.jobs.running import ROOT, Job, refused
+from tests.jobs.running import ROOT, Job, refused, shards_below
 
 JOB = Job("encode_latents.py")
 command, run_job = JOB.command, JOB.run
@@ -165,10 +165,10 @@ def test_kills_change_nothing(tiny_weights, tmp_path):
             stderr=subprocess.DEVNULL,
         )
         resume = killed / ".resume" / "latents"
-        before = len(list(resume.glob("*.parquet"))) if resume.exists() else 0
+        before = len(shards_below(resume))
         fresh = int(random.integers(1, 25))
         while job.poll() is None and kills < 4:
-            now = len(list(resume.glob("*.parquet"))) if resume.exists() else 0
+            now = len(shards_below(resume))
             if now >= before + fresh:
                 os.kill(job.pid, signal.SIGKILL)
                 kills += 1

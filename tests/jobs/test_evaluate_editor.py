@@ -18,7 +18,7 @@ from ip2p_ray.miniature import scores
 from ip2p_ray.miniature.scenes import draw
 from ip2p_ray.presets import folder_fingerprint
 from jobs.evaluate_editor import EvaluateEditor, _settings
-from tests.jobs.running import ROOT, Job
+from tests.jobs.running import ROOT, Job, shards_below
 
 JOB = Job("evaluate_editor.py")
 command, run_job = JOB.command, JOB.run
@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(flags, tmp_path):
         job = subprocess.Popen(command(*asked, "--out", out), cwd=ROOT, stdout=log, stderr=log)
         deadline = time.monotonic() + 600
         while job.poll() is None and time.monotonic() < deadline:
-            if len(list((out / "answers").glob("*/*.parquet"))) >= 3:
+            if len(shards_below(out / "answers")) >= 3:
                 break
             time.sleep(0.05)
         job.send_signal(signal.SIGKILL)

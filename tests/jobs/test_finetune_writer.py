@@ -55,7 +55,7 @@ def run_job(*arguments):
         [sys.executable, str(JOB), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1700,
         cwd=ROOT,
         env={**environment, "COLUMNS": "400", "OMP_NUM_THREADS": "1"},
     )

@@ -50,7 +50,7 @@ def submissions(text):
 
 def parses(job, arguments):
     command = [sys.executable, "-c", PARSE, str(ROOT / "jobs" / f"{job}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
 def shared(arguments, folder):

@@ -109,7 +109,7 @@ def test_nothing_that_travels_or_is_shown_holds_a_key():
         text=True,
         cwd=ROOT,
         env={**os.environ, **KEYS, **nobody, "AWS_ACCESS_KEY_ID": "x"},
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") >= 15

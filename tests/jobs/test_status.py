@@ -27,7 +27,7 @@ def test_it_prints_lines_or_an_object(tmp_path):
 def test_it_watches_until_the_dataset_is_whole(tmp_path):
     uri = tmp_path / "captions"
     run.make(str(uri), run.Origin(dataset="captions", config={}), list)
-    done = JOB.run("--dataset", uri, "--watch", "0.1", timeout=60)
+    done = JOB.run("--dataset", uri, "--watch", "0.1", timeout=600)
     assert (done.returncode, done.stdout.count("whole")) == (0, 1)
 
 
@@ -41,7 +41,7 @@ def test_it_watches_what_is_not_there_yet(tmp_path):
     )
     assert watch.stderr.readline().startswith("status: there is no ")
     run.make(str(uri), run.Origin(dataset="captions", config={}), list)
-    output, _ = watch.communicate(timeout=120)
+    output, _ = watch.communicate(timeout=600)
     assert (watch.returncode, "whole" in output) == (0, True)
 
 

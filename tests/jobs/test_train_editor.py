@@ -1,4 +1,3 @@
-import contextlib
 import json
 import os
 import re
@@ -6,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -235,11 +235,12 @@ def curve(folder):
 
 def workers_below(pid):
     """Process ids of Ray Train's workers below a process."""
-    return [
-        child.pid
-        for child in psutil.Process(pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child.pid)
+    return found
 
 
 @pytest.mark.slow
@@ -440,7 +441,7 @@ def test_kills_and_lost_disks_and_faults_leave_the_same_bytes_in_the_bucket(
             time.sleep(random.uniform(0.0, 1.0))
             below = psutil.Process(job.pid).children(recursive=True)
             for process in (job, *below):  # the machine is lost with all that runs on it
-                with contextlib.suppress(psutil.NoSuchProcess):
+                with suppress(psutil.NoSuchProcess):
                     process.kill()
             job.wait()
             kills += 1

@@ -47,7 +47,7 @@ async def ask(client, url, *, image=None, seed=0, prompt="make it night", **fiel
 async def ask_all(url, count, **fields):
     """So many at once, with seeds from 0."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+    async with httpx.AsyncClient(timeout=900, limits=limits) as client:
         return await asyncio.gather(
             *(ask(client, url, seed=seed, **fields) for seed in range(count))
         )

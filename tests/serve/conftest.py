@@ -1,10 +1,15 @@
 import contextlib
 
+import httpx
 import pytest
 
 from ip2p_ray.editor import Editor, EditSettings
 from ip2p_ray.testing import tiny_stable_diffusion
 from tests.serve.running import serving
+
+# httpx gives an answer 5 s else, which are short where much else runs.
+for part in ("connect", "read", "write", "pool"):
+    setattr(httpx.get.__kwdefaults__["timeout"], part, 120.0)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from serve.engine_editing import EngineEditing
 from serve.form import Limits
 from tests.serve.running import listening
 
-LIMITS = Limits(body_bytes=300_000, steps=3, previews=3, deadline_s=30.0)
+LIMITS = Limits(body_bytes=300_000, steps=3, previews=3, deadline_s=120.0)
 
 
 class Leaky(EngineEditing):

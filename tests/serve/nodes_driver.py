@@ -8,12 +8,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import ray
 from ray import serve
+from ray.serve._private import api
 
 from serve import app
 
 
 def main(port: str, proxies: str, settings: str) -> None:
     """The service with these settings, HTTP proxies on the head only or on every node."""
+    api.HTTP_PROXY_TIMEOUT = 600  # Ray's own minute is short on a busy machine
     ray.init(log_to_driver=False)
     serve.shutdown()  # where proxies are cannot be changed
     serve.start(proxy_location=proxies, http_options={"host": "127.0.0.1", "port": int(port)})

@@ -32,7 +32,7 @@ class Service:
         """How many requests wait, and how many are edited."""
         return self.editing.engine.load
 
-    def wait_for(self, condition, seconds=20.0):
+    def wait_for(self, condition, seconds=120.0):
         """Whether the condition of the load comes true."""
         until = time.monotonic() + seconds
         while not (met := condition(*self.load)) and time.monotonic() < until:
@@ -48,11 +48,11 @@ class Service:
         fields = {name: value for name, value in fields.items() if value is not None}
         if files is None:
             files = {"image": PICTURE if image is None else image}
-        return httpx.post(self.url + EDITS, data=fields, files=files, headers=headers, timeout=60)
+        return httpx.post(self.url + EDITS, data=fields, files=files, headers=headers, timeout=120)
 
     def connect(self):
         host, _, port = self.url.removeprefix("http://").rpartition(":")
-        return socket.create_connection((host, int(port)), timeout=20)
+        return socket.create_connection((host, int(port)), timeout=120)
 
     def say(self, *chunks):
         """The answer, status and body, to a request of these very bytes."""

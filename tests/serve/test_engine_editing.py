@@ -363,9 +363,11 @@ def test_what_comes_of_an_order(tiny_editor):
 def test_an_order_that_is_given_up_frees_its_places(tiny_editor):
     async def use():
         editing = EngineEditing(tiny_editor, EngineConfig(batch_size=1))
-        work = asyncio.create_task(editing.edit(order(seeds=(1, 2, 3), steps=5000)))
         stream = editing.stream(order(steps=5000, previews=1000))
-        assert (await anext(stream)).is_preview or work.done()
+        assert (await anext(stream)).is_preview
+        work = asyncio.create_task(editing.edit(order(seeds=(1, 2, 3), steps=5000)))
+        while editing.engine.load[0] < 3:
+            await asyncio.sleep(0.01)
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
             await work
@@ -386,7 +388,7 @@ def test_an_editor_is_exchanged_while_requests_run(tiny_editor):
     async def use():
         editing = EngineEditing(tiny_editor, EngineConfig())
         begun = asyncio.create_task(editing.edit(order(steps=10)))
-        while editing.engine.load == (0, 0):
+        while editing.engine.load == (0, 0) and not begun.done():
             await asyncio.sleep(0.001)
         await editing.exchange(other)
         pictures = [(await begun)[0].data, (await editing.edit(order(steps=10)))[0].data]

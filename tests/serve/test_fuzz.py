@@ -87,7 +87,7 @@ def fuzzed(*arguments):
     with subprocess.Popen(command, cwd=ROOT, **pipes, **quiet) as process:
         try:
             url = f"http://127.0.0.1:{int(process.stdout.readline())}"
-            with httpx.Client(base_url=url, timeout=60) as session:
+            with httpx.Client(base_url=url, timeout=150) as session:
                 document = session.get("/openapi.json").json()
                 yield Fuzzed(process, url, document, session)
         finally:
@@ -236,7 +236,7 @@ def send_bodies(service, count, seed):
             kind = several(kind, rng, [b"multipart/form-data", b"; boundary=x", b"a/b; c=d"])
         kind = bytes(byte for byte in kind if byte >= 32 and byte != 127)
         service.sent_bytes += len(body)
-        line = http.client.HTTPConnection(host, timeout=60)
+        line = http.client.HTTPConnection(host, timeout=150)
         with contextlib.closing(line):
             line.request("POST", EDITS, body, {"Content-Type": kind})
             answer = line.getresponse()
@@ -277,7 +277,7 @@ def send_described(service, count):
             if is_sound and isinstance(case.body, dict) and "image" in case.body:
                 case.body["image"] = SOUND
                 service.sent_bytes += len(SOUND)
-            answer = case.call(base_url=service.url)
+            answer = case.call(base_url=service.url, timeout=120)
             service.answered[answer.status_code] += 1
             case.validate_response(answer, checks=CHECKS)
 

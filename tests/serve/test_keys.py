@@ -1,6 +1,7 @@
 import hmac
 import pickle
 import socket
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -8,6 +9,7 @@ import psutil
 import pytest
 
 from ip2p_ray.errors import ConfigError
+from serve import keys
 from serve.keys import KEYS, KEYS_FILE, Keys, RateLimit
 from tests.serve.running import PICTURE, problem
 
@@ -159,7 +161,8 @@ def test_a_rate_below_one_a_quarter_is_one_at_a_time():
     assert rate.wait_s(0, now=0.0) == pytest.approx(120.0)
 
 
-def test_what_is_not_made_costs_nothing(start):
+def test_what_is_not_made_costs_nothing(start, monkeypatch):
+    monkeypatch.setattr(keys, "time", SimpleNamespace(monotonic=lambda: 1000.0))
     service = start(keys=Keys([KEY]), requests_per_minute=4.0)  # one at once
     for _ in range(5):
         assert service.ask(b"no picture", headers=bearer(KEY)).status_code == 400
@@ -197,7 +200,8 @@ def test_either_key_is_let_in(guarded):
         api.images.edit(image=PICTURE, prompt="make it night")
 
 
-def test_a_key_has_a_rate_of_its_own(start):
+def test_a_key_has_a_rate_of_its_own(start, monkeypatch):
+    monkeypatch.setattr(keys, "time", SimpleNamespace(monotonic=lambda: 1000.0))
     service = start(keys=Keys([KEY, OTHER]), requests_per_minute=12.0)
     assert service.ask(headers=bearer(KEY), n="2").status_code == 200
     # what is refused for another reason takes nothing

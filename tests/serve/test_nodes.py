@@ -15,8 +15,8 @@ import pytest
 from ip2p_ray.editor import Editor
 from ip2p_ray.miniature import weights
 from tests.nodes import pools
+from tests.ports import free_port
 from tests.serve.asking import ask, picture_bytes, pixels_of
-from tests.serve.test_service import free_port
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def deployed(cluster, model, folder, *, proxies, fronts):
         "min_replicas": 2,
         "max_replicas": 2,
         "max_steps": STEPS,
+        "deadline_s": 900.0,
         "resources": {"editor": 1},
         "fronts": fronts,
         "front_resources": {"front": 1},
@@ -80,7 +81,7 @@ class Load:
 
     def __enter__(self):
         self.thread.start()
-        ends = time.monotonic() + 120
+        ends = time.monotonic() + 600
         while not self.pictures:
             assert time.monotonic() < ends
             time.sleep(0.01)
@@ -92,7 +93,7 @@ class Load:
 
     async def _all(self):
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(timeout=240, limits=limits) as client:
+        async with httpx.AsyncClient(timeout=900, limits=limits) as client:
             await asyncio.gather(*(self._one(client, seed) for seed in range(REQUESTS)))
 
     async def _one(self, client, seed):

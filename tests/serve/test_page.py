@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from ip2p_ray.errors import ConfigError, EditError, ImageError, ServiceError
 from ip2p_ray.images import encode_png
 from ip2p_ray.testing import FakeService, ServiceBehaviour
 from serve import page_words
+from tests.ports import free_port
 
 CHROMIUM = Path("/usr/bin/chromium")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,12 +30,6 @@ PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
 needs_browser = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}")
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @contextlib.contextmanager
 def running(module, answers, *arguments):
     """A server of serve/ in a process of its own, as soon as it answers."""
@@ -43,7 +37,7 @@ def running(module, answers, *arguments):
     command = [sys.executable, "-m", module, "--port", str(port), *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT)
     try:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 600
         while True:
             try:
                 urlopen(f"http://127.0.0.1:{port}{answers}").close()
@@ -55,7 +49,11 @@ def running(module, answers, *arguments):
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +80,16 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=SWITCHES)
+        chromium = playwright.chromium.launch(
+            executable_path=str(CHROMIUM), args=SWITCHES, timeout=120_000
+        )
         yield chromium
         chromium.close()
+
+
+def both_are_shown(page):
+    """Waits for both pictures of the slider, which come when they like."""
+    page.wait_for_function("document.querySelectorAll('#slider img.pixels').length === 2")
 
 
 @contextlib.contextmanager
@@ -115,7 +120,7 @@ def visit(browser, address, **options):
         "console",
         lambda said: wrong.append(f"console: {said.text}") if said.type == "error" else None,
     )
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)
     page.goto(f"{address}/page/")
     page.wait_for_selector("#go")
     yield page
@@ -176,7 +181,7 @@ def test_an_uploaded_picture_is_edited_looked_at_and_downloaded(page, service):
     assert sent["image"] == encode_png(PICTURE)
     assert sent["prompt"] == "make it <b>night</b>"
     assert page.locator("#slider .content img").count() == 2
-    assert page.locator("#slider img.pixels").count() == 2
+    both_are_shown(page)
 
     with page.expect_download() as waiting:
         page.locator("#download").click()
@@ -226,7 +231,7 @@ def test_an_edit_shows_how_far_it_is_and_can_be_stopped(page, service):
     page.locator("#stop").click()
     page.wait_for_selector("#go")
     is_shown(page, "#stage", "appears here")
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while service.in_flight and time.monotonic() < until:
         time.sleep(0.05)
     assert service.in_flight == 0
@@ -321,6 +326,7 @@ def test_the_keyboard_is_enough(page, service):
                 return
         pytest.fail(f"no Tab leads to {selector}")
 
+    page.wait_for_selector("#shipped button img")
     tab_to("#shipped button")
     page.keyboard.press("Enter")
     page.wait_for_selector("#picture img")
@@ -328,12 +334,14 @@ def test_the_keyboard_is_enough(page, service):
     page.keyboard.type("make it night")
     page.keyboard.press("Enter")
     page.wait_for_selector("#slider .outer[tabindex='0']")
+    both_are_shown(page)
     tab_to("#slider .outer")
     handle = page.locator("#slider .outer")
     stood = handle.bounding_box()["x"]
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
     assert handle.bounding_box()["x"] < stood - 20
+    page.wait_for_selector("#history button")
     tab_to("#history button")
     page.keyboard.press("Enter")
     is_shown(page, "#caption", f"seed {service.received[0]['seed']} ")

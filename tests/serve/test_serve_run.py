@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from ip2p_ray.miniature import weights
+from tests.ports import free_port
 from tests.serve.asking import picture_bytes, pixels_of
-from tests.serve.test_service import free_port
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def serve_run(folder, host="127.0.0.1"):
             os.killpg(running.pid, signal.SIGKILL)
 
 
-def wait_for(true, log, timeout=240):
+def wait_for(true, log, timeout=600):
     ends = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < ends, log.read_text("utf-8", "replace")[-3000:]
@@ -57,7 +57,7 @@ def wait_for(true, log, timeout=240):
 
 def answers(url):
     try:
-        return httpx.get(url, timeout=5).status_code == 200
+        return httpx.get(url).status_code == 200
     except httpx.HTTPError:
         return False
 

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from ip2p_ray.notes import read_origin
 from ip2p_ray.schema import SCORES
 from ip2p_ray.stages.reply_rows import REPLIES
 from ip2p_ray.testing import faulty_process
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 BOARDS = {name: ROOT / "cluster" / "grafana" / f"{name}.json" for name in ("pipeline", "editor")}
@@ -100,12 +100,6 @@ class Prometheus:
             tuple(series["metric"].get(label, "") for label in labels): float(series["value"][1])
             for series in self.ask(f"sum by ({', '.join(labels)}) (last_over_time({metric}[1h]))")
         }
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @contextlib.contextmanager
