@@ -49,6 +49,14 @@ def test_what_arrow_writes_is_one_request_while_it_is_small(bucket, bucket_endpo
         assert storage.count_rows(f"{bucket}/a.parquet") == 5
 
 
+def test_a_store_that_thinks_for_a_while_is_not_asked_again(bucket, bucket_endpoint, monkeypatch):
+    with FaultyWay(bucket_endpoint, WayFaults(pause_s=9.0, methods=("PUT",))) as way:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+        system, path = s3.filesystem(f"{bucket}/a.parquet")
+        pq.write_table(TABLE, path, filesystem=system)
+        assert way.counts["PUT"] == 1
+
+
 @pytest.mark.parametrize(
     ("code", "status", "told"),
     [

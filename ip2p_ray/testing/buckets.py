@@ -70,6 +70,8 @@ class WayFaults:
     """The connection ends in the middle of the answer."""
     refusal: tuple[int, str] | None = None
     """Status and code with which every request is refused that nothing else strikes."""
+    pause_s: float = 0.0
+    """So much later each answer comes that does come."""
     methods: tuple[str, ...] = ("DELETE", "GET", "HEAD", "POST", "PUT")
     """Requests of others are passed on."""
 
@@ -160,6 +162,8 @@ class FaultyWay:
         answer = await self._answer(head, body)
         if fault == "lost":
             return
+        if struck:
+            await asyncio.sleep(self.faults.pause_s)
         start = answer.index(b"\r\n\r\n") + 4
         whole = (start + len(answer)) // 2 if fault == "cut" else len(answer)
         writer.write(answer[:whole])
