@@ -133,6 +133,18 @@ def test_a_run_whose_lease_was_taken_over_is_ended(bucket, holder):
     assert objects.read(uri) == b"another's"
 
 
+def test_a_loss_that_is_seen_just_as_the_block_ends_is_told_too(bucket, monkeypatch):
+    def interrupted(self):
+        self.lost = True
+        lease._interrupt()
+        time.sleep(60)
+
+    monkeypatch.setattr(lease._Lease, "leave", interrupted)
+    told = "was taken over by another run"
+    with pytest.raises(StageError, match=told), lease.held(f"{bucket}/run/.lock"):
+        pass
+
+
 def test_a_run_that_does_not_reach_its_lease_is_ended(bucket, bucket_endpoint, holder, monkeypatch):
     with FaultyWay(bucket_endpoint) as way:
         monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
